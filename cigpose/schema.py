@@ -1,0 +1,129 @@
+"""Plain mappings (yaml, json) to typed dataclasses and back, strictly.
+
+An unknown or missing key, or a value of another type, is an error that names its path and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A parameter that cannot be used, with its path in params.yaml."""
+
+
+def from_mapping(cls: type[T], values: Any, path: str = "") -> T:
+    """Build dataclass `cls` from plain values.
+
+    Args:
+        cls: a keyword-only dataclass; fields may be dataclasses, scalars, `Literal`, `X | None`, tuples and dicts.
+        values: what yaml or json gave. Lists become tuples, ints become floats where a float is expected.
+        path: where `values` stands in the whole, for messages.
+
+    Raises:
+        ConfigError: an unknown or missing key, a wrong type, or a value its dataclass refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path or 'params'}: expected a mapping, got {values!r}.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(fields)}."
+            raise ConfigError(f"{_join(path, key)}: unknown key. {hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], _join(path, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, name)}: missing. `cigpose presets NAME` prints a complete example.")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as err:
+        raise ConfigError(f"{path}.{err}" if path else str(err)) from err
+
+
+def to_mapping(value: Any) -> Any:
+    """The plain values of a dataclass: mappings, lists and scalars, ready for yaml and json."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_mapping(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_mapping(item) for item in value]
+    return value
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(arguments, value, path)
+    if origin is typing.Literal:
+        if not any(value == option and type(value) is type(option) for option in arguments):
+            raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.")
+        return value
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a mapping, got {value!r}.")
+        item = arguments[1] if arguments else Any
+        return {str(key): _convert(item, element, _join(path, key)) for key, element in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(typing.cast(type, hint), value, path)
+    return _convert_scalar(hint, value, path)
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    errors = []
+    for option in options:
+        try:
+            return _convert(option, value, path)
+        except ConfigError as err:
+            errors.append(err)
+    raise errors[-1]
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path}: expected a list, got {value!r}.")
+    if arguments[-1] is Ellipsis:
+        hints = [arguments[0]] * len(value)
+    elif len(arguments) == len(value):
+        hints = list(arguments)
+    else:
+        raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}: {list(value)}.")
+    return tuple(_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+
+
+def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-5 as text; every user means the number.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}.")
