@@ -1,0 +1,183 @@
+"""Poses drawn into pictures: limbs coloured by part and side, doubtful keypoints fainter.
+
+Used by the contact sheets of evaluation and by the predictor. Coordinates are pixels of the picture given.
+"""
+
+from __future__ import annotations
+
+import colorsys
+
+import cv2
+import numpy as np
+
+from cigpose.keypoints import KeypointSet
+
+Color = tuple[int, int, int]
+
+# BGR. Left and right are the person's.
+LEFT: Color = (92, 200, 80)
+RIGHT: Color = (58, 130, 250)
+MIDDLE: Color = (250, 190, 70)
+FACE: Color = (255, 235, 215)
+OUTLINE: Color = (30, 30, 30)
+
+_SHIFT = 4  # cv2 draws at 1/16 pixel
+_FAINT = 0.45  # opacity of doubtful limbs
+_FAR = 1e6  # pixels; anything beyond cannot be meant
+
+
+def keypoint_colors(keypoint_set: KeypointSet) -> list[Color]:
+    """A BGR colour per keypoint: by the person's side, faces pale, a hue per finger."""
+    colors = [LEFT if n.startswith("left") else RIGHT if n.startswith("right") else MIDDLE for n in keypoint_set.names]
+    for part, members in keypoint_set.parts.items():
+        for position, k in enumerate(members):
+            if part == "face":
+                colors[k] = FACE
+            elif part == "foot":
+                colors[k] = _lighter(colors[k])
+            elif "hand" in part:
+                colors[k] = _finger_color(position, len(members), left=part.startswith("left"))
+    return colors
+
+
+def part_color(part: str) -> Color:
+    """One BGR colour for a whole part, as the charts of a report use it."""
+    if part.startswith("left"):
+        return LEFT
+    if part.startswith("right"):
+        return RIGHT
+    return {"face": (205, 170, 140), "foot": (120, 120, 230), "whole": (110, 90, 70)}.get(part, MIDDLE)
+
+
+def draw_poses(
+    image: np.ndarray,
+    keypoints: np.ndarray,
+    scores: np.ndarray,
+    keypoint_set: KeypointSet,
+    *,
+    min_score: float = 0.3,
+    sure_score: float = 0.5,
+    boxes_xyxy: np.ndarray | None = None,
+) -> np.ndarray:
+    """The picture with every person's skeleton on it.
+
+    Line width follows the person's size. Limbs of a keypoint below `sure_score` are translucent, below `min_score`
+    they are left out; the same for points.
+
+    Args:
+        image: uint8 (H, W, 3) BGR; not changed.
+        keypoints: (N, K, 2) x, y in image pixels. N may be 0.
+        scores: (N, K); for ground truth pass `visible`.
+        keypoint_set: names, parts and lines.
+        min_score: keypoints below are not drawn.
+        sure_score: keypoints from here on are drawn opaque.
+        boxes_xyxy: (N, 4) boxes to draw as thin frames.
+
+    Returns: uint8 (H, W, 3) BGR, a new array.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the set.
+    """
+    keypoints, scores = np.asarray(keypoints, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    _check(image, keypoints, scores, keypoint_set)
+    canvas = image.copy()
+    if len(keypoints) == 0:
+        return canvas
+    scores = np.where((np.abs(keypoints) < _FAR).all(axis=2), scores, -np.inf)  # NaN is not drawn either
+    if boxes_xyxy is not None:
+        for box in np.asarray(boxes_xyxy, dtype=np.float64):
+            x0, y0, x1, y1 = (_fixed(value) for value in box)
+            cv2.rectangle(canvas, (x0, y0), (x1, y1), (200, 200, 200), 1, cv2.LINE_AA, _SHIFT)
+    colors = keypoint_colors(keypoint_set)
+    fine = _fine_keypoints(keypoint_set)
+    if ((scores >= min_score) & (scores < sure_score)).any():
+        layer = canvas.copy()
+        for person, score in zip(keypoints, scores, strict=True):
+            _draw_person(layer, person, score, keypoint_set.lines, colors, fine, min_score)
+        canvas = cv2.addWeighted(layer, _FAINT, canvas, 1 - _FAINT, 0)
+    for person, score in zip(keypoints, scores, strict=True):
+        _draw_person(canvas, person, score, keypoint_set.lines, colors, fine, max(sure_score, min_score))
+    return canvas
+
+
+def label_picture(image: np.ndarray, text: str) -> np.ndarray:
+    """The picture with a line of text in its upper left corner, on a dark strip; a new array."""
+    canvas = image.copy()
+    scale = max(0.4, min(image.shape[0], image.shape[1]) / 800)
+    (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+    strip = canvas[: height + base + 6, : width + 10]
+    strip[:] = strip // 3
+    cv2.putText(canvas, text, (5, height + 3), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    return canvas
+
+
+def _check(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray, keypoint_set: KeypointSet) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"draw_poses: expected a uint8 (H, W, 3) picture, got {image.dtype} {image.shape}.")
+    if keypoints.ndim != 3 or keypoints.shape[1:] != (len(keypoint_set), 2) or scores.shape != keypoints.shape[:2]:
+        raise ValueError(
+            f"draw_poses: expected keypoints (N, {len(keypoint_set)}, 2) and scores (N, {len(keypoint_set)}) of set "
+            f"{keypoint_set.name!r}, got {keypoints.shape} and {scores.shape}."
+        )
+
+
+def _draw_person(
+    canvas: np.ndarray,
+    keypoints: np.ndarray,
+    scores: np.ndarray,
+    lines: tuple[tuple[int, int], ...],
+    colors: list[Color],
+    fine: np.ndarray,
+    min_score: float,
+) -> None:
+    shown = scores >= min_score
+    if not shown.any():
+        return
+    extent = np.ptp(keypoints[shown], axis=0)
+    width = float(np.clip(np.hypot(*extent) / 110, 1.0, 7.0))
+    points = {int(k): (_fixed(keypoints[k, 0]), _fixed(keypoints[k, 1])) for k in np.flatnonzero(shown)}
+    widths = [max(1, round(width * (0.4 if is_fine else 1.0))) for is_fine in fine]
+    limbs = [(a, b, min(widths[a], widths[b])) for a, b in lines if a in points and b in points]
+    for a, b, thickness in limbs:
+        if thickness > 1:
+            cv2.line(canvas, points[a], points[b], OUTLINE, thickness + 2, cv2.LINE_AA, _SHIFT)
+    for a, b, thickness in limbs:
+        cv2.line(canvas, points[a], points[b], _limb_color(colors[a], colors[b]), thickness, cv2.LINE_AA, _SHIFT)
+    for k, point in points.items():
+        if not fine[k]:
+            radius = _fixed(width + 0.4)
+            cv2.circle(canvas, point, radius + 12, OUTLINE, cv2.FILLED, cv2.LINE_AA, _SHIFT)
+            cv2.circle(canvas, point, radius, colors[k], cv2.FILLED, cv2.LINE_AA, _SHIFT)
+        elif width > 2.0:  # on smaller people the points of a face would hide it
+            cv2.circle(canvas, point, _fixed(width * 0.45), colors[k], cv2.FILLED, cv2.LINE_AA, _SHIFT)
+
+
+def _fine_keypoints(keypoint_set: KeypointSet) -> np.ndarray:
+    """(K,) bool: keypoints of faces and hands, drawn thinner."""
+    fine = np.zeros(len(keypoint_set), dtype=bool)
+    for part, members in keypoint_set.parts.items():
+        if part == "face" or "hand" in part:
+            fine[list(members)] = True
+    return fine
+
+
+def _limb_color(a: Color, b: Color) -> Color:
+    """Of a limb between two keypoints: the side's, or the middle's where it joins both sides."""
+    if a == MIDDLE:
+        return b
+    return MIDDLE if {a, b} == {LEFT, RIGHT} else a
+
+
+def _lighter(color: Color) -> Color:
+    blue, green, red = color
+    return (blue + 255) // 2, (green + 255) // 2, (red + 255) // 2
+
+
+def _finger_color(position: int, count: int, *, left: bool) -> Color:
+    finger = max(0, position - 1) * 5 // max(count - 1, 1)
+    rgb = colorsys.hsv_to_rgb(0.02 + 0.17 * finger, 0.55 if left else 0.85, 1.0)
+    return round(rgb[2] * 255), round(rgb[1] * 255), round(rgb[0] * 255)
+
+
+def _fixed(value: float) -> int:
+    return round(float(value) * (1 << _SHIFT))
