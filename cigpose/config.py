@@ -397,7 +397,10 @@ class EvaluateConfig:
     batch: int = 32
     keypoint_score_threshold: float = 0.2
     """Keypoints below do not count in a person's score."""
-    oks_nms_threshold: float = 0.9
+    person_score: Literal["box_and_keypoints", "box", "keypoints"] = "box_and_keypoints"
+    """Box score times the mean of its keypoints' scores, or one of the two alone."""
+    oks_nms_threshold: float | None = 0.9
+    """Of two persons more alike than this the worse one is dropped; null keeps all."""
     area: Literal["annotation", "box"] = "annotation"
     """`box` takes 0.53 x box area, as CrowdPose does."""
     metric: str = "whole/AP"
@@ -419,6 +422,18 @@ class RegistryConfig:
     """Sample predictions logged with the model."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedConfig:
+    """What others reported for this experiment; nothing here is used in a computation."""
+
+    ap: float
+    """Average precision, percent."""
+    source: str
+    """Where the figure stands."""
+    gflops: float | None = None
+    """Multiply-adds of one forward pass, in billions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment, complete."""
@@ -434,6 +449,7 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     registry: RegistryConfig
+    published: PublishedConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no single section can see."""
