@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,3 +35,39 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """Reference numbers of the original code."""
     return shared / "golden"
+
+
+@contextmanager
+def _serving(script: Path, folder: Path, *options: str) -> Iterator[str]:
+    """Address of a server of `folder` on a free port of the loopback; stopped on leaving."""
+    command = [sys.executable, str(script), str(folder), "--quiet", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            port = server.stdout.readline().strip()  # the first line, once it listens
+            assert port.isdigit(), f"{script.name} did not start: {port!r}"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()  # not terminate: a slow transfer would be waited for
+
+
+@pytest.fixture(scope="session")
+def mirror(shared: Path) -> Iterator[str]:
+    """Address of a mirror of the download hosts without faults, for `data.download.mirror`; one for all tests."""
+    with _serving(shared / "serve_mirror.py", shared / "mirror") as address:
+        yield address
+
+
+@pytest.fixture
+def start_mirror(shared: Path) -> Iterator[Callable[..., str]]:
+    """Starts mirrors with faults: `start_mirror("--drop-after", "50000", "--no-range")` gives the address.
+
+    `folder=` serves another folder than the shared one. All are stopped when the test ends.
+    """
+    with ExitStack() as running:
+
+        def start(*options: str, folder: Path | None = None) -> str:
+            script = shared / "serve_mirror.py"
+            return running.enter_context(_serving(script, folder or shared / "mirror", *options))
+
+        yield start
