@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` are all a fresh machine needs (Python 3.11 or later, git, gcc, make).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.PHONY: help install quickstart test lint format retrain ui bench clean
+
+help:                ## what can be made
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+install: $(VENV)/.installed   ## the virtual environment, with everything in it
+
+$(VENV)/.installed: pyproject.toml
+	@echo "== $(VENV): installing (2 minutes or so; every version is a wheel)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; try make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipelines,dev]'
+	@touch $@
+
+quickstart: install  ## render, shard, train, evaluate, register: `dvc repro` with the committed params.yaml
+	@dvc repro
+	@python -m pipelines.register --show
+
+test: install        ## the whole test suite
+	@python -m pytest
+
+lint: install        ## ruff, mypy, codespell
+	@ruff check . && ruff format --check . && mypy && codespell
+
+format: install      ## let ruff mend what it can
+	@ruff check --fix . ; ruff format .
+
+retrain: install     ## the Prefect flow `retrain`, once
+	@python -m pipelines.retrain
+
+ui: install          ## Prefect server and MLflow UI on loopback
+	@python -m pipelines.ui
+
+bench: install       ## benchmarks: ratios against a reference in the same run
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; python $$file || exit 1; done
+
+clean:               ## outputs and work states, not the downloads
+	@rm -rf data/shards data/model data/report .runs

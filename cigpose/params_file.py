@@ -1,0 +1,100 @@
+"""params.yaml as people read it: every number of an experiment, each with what it means."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import os
+import tempfile
+import typing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cigpose.config import Config
+from cigpose.schema import to_mapping
+
+WIDTH = 120
+COMMENT_COLUMN = 52
+
+
+def params_text(config: Config) -> str:
+    """The complete params.yaml of an experiment, defaults written out, meanings as comments."""
+    header = (
+        f"# {config.name}: every number of this experiment. Written by `cigpose use`; edit it, or override a run with\n"
+        "# `dvc exp run -S train.epochs=10`.\n"
+    )
+    return header + "\n".join(_section(config, 0)) + "\n"
+
+
+def write_params(config: Config, path: Path) -> None:
+    """Write params.yaml whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(params_text(config))
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def _section(section: Any, depth: int) -> list[str]:
+    indent = "  " * depth
+    meanings = field_meanings(type(section))
+    lines = []
+    for field in dataclasses.fields(section):
+        value, meaning = getattr(section, field.name), meanings.get(field.name, "")
+        lines += _entry(f"{indent}{field.name}:", value, meaning, depth)
+    return lines
+
+
+def _entry(key: str, value: Any, meaning: str, depth: int) -> list[str]:
+    indent = "  " * depth
+    if dataclasses.is_dataclass(value):
+        if depth > 0 and len(line := f"{key} {_flow(to_mapping(value))}") <= WIDTH and not field_meanings(type(value)):
+            return [line]
+        return ["", key, *_section(value, depth + 1)] if depth == 0 else [key, *_section(value, depth + 1)]
+    if isinstance(value, dict) and value and all(dataclasses.is_dataclass(item) for item in value.values()):
+        lines = _comment(key, meaning, indent)
+        for name, item in value.items():
+            lines += [f"{indent}  {name}:", *(f"{indent}    {k}: {_flow(v)}" for k, v in to_mapping(item).items())]
+        return lines
+    if isinstance(value, dict) and value:
+        block = yaml.safe_dump(to_mapping(value), sort_keys=False, default_flow_style=None, width=WIDTH - 2 * depth)
+        return [*_comment(key, meaning, indent), *(f"{indent}  {line}" for line in block.splitlines())]
+    return _comment(f"{key} {_flow(to_mapping(value))}", meaning, indent)
+
+
+def _comment(line: str, meaning: str, indent: str) -> list[str]:
+    """The line with its meaning behind it, or above it where there is no room."""
+    if not meaning:
+        return [line]
+    padded = line.ljust(COMMENT_COLUMN)
+    if len(padded) + len(meaning) + 4 <= WIDTH:
+        return [f"{padded}  # {meaning}"]
+    return [f"{indent}# {meaning}", line]
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+@cache
+def field_meanings(cls: type) -> dict[str, str]:
+    """First line of the text under each field of a configuration dataclass."""
+    body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
+    meanings = {}
+    for statement, following in itertools.pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            meanings[statement.target.id] = inspect.cleandoc(str(following.value.value)).split("\n")[0]
+    return meanings
