@@ -1,0 +1,165 @@
+"""What a run wants MLflow to know, on disk first.
+
+A training must neither stop nor wait for a tracking server. So each record is appended to `tracking.jsonl` in the run's
+folder, and `pipelines.delivery` carries the records to MLflow in their order when it can:
+
+    <run folder>/tracking.jsonl   every record since the run began, one JSON object a line
+    <run folder>/tracking.json    the run's ids, and how many bytes of tracking.jsonl MLflow has
+    <run folder>/outbox/          copies of files not yet uploaded
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+LOCAL = "local-"
+"""Start of the id of a run that MLflow does not know yet."""
+
+
+class Spool:
+    """The records of one run, and the position up to which they are delivered.
+
+    One process at a time owns it (`acquire`); inside that process one thread may append while another delivers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.records_path = self.folder / "tracking.jsonl"
+        self.state_path = self.folder / "tracking.json"
+        self._lock = threading.Lock()
+        self._owner: IO[str] | None = None
+        self._numbers = itertools.count(time.time_ns())
+        self.state: dict[str, Any] = {"local_id": LOCAL + uuid.uuid4().hex, "run_id": None, "address": None, "sent": 0}
+        self.reload()
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a run was ever tracked in this folder."""
+        return (folder / "tracking.json").is_file()
+
+    def reload(self) -> None:
+        """Read the state that the last owner left."""
+        if self.state_path.is_file():
+            self.state |= json.loads(self.state_path.read_text(encoding="utf-8"))
+
+    def acquire(self, timeout_s: float = 0.0) -> bool:
+        """Become the owner; False when another process still is after `timeout_s`.
+
+        The lock is a POSIX record lock: it dies with its process and is not inherited by forked loaders.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / "tracking.lock").open("w")
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() >= deadline:
+                    file.close()
+                    return False
+                time.sleep(0.1)
+            else:
+                break
+        self._owner = file
+        self.reload()
+        self._cut_half_line()
+        return True
+
+    def release(self) -> None:
+        """Let another process own it."""
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
+
+    def _cut_half_line(self) -> None:
+        """Remove a last line that a killed process did not finish."""
+        if not self.records_path.is_file():
+            return
+        with self.records_path.open("r+b") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Keep a record; it outlives the process, not a power cut in the same second."""
+        line = json.dumps({**record, "time": record.get("time", time.time_ns() // 1_000_000)}) + "\n"
+        with self._lock, self.records_path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def keep_copy(self, path: Path) -> str:
+        """Copy a file or folder to the outbox, since the original may change before it is uploaded.
+
+        Returns: its place relative to the run's folder.
+        """
+        place, target = self._new_place(path.name)
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copyfile(path, target)
+        return place
+
+    def keep_text(self, text: str, name: str) -> str:
+        """Keep a text in the outbox as file `name`.
+
+        Returns: its place relative to the run's folder.
+        """
+        place, target = self._new_place(name)
+        target.write_text(text, encoding="utf-8")
+        return place
+
+    def _new_place(self, name: str) -> tuple[str, Path]:
+        place = f"outbox/{next(self._numbers)}/{name}"
+        target = self.folder / place
+        target.parent.mkdir(parents=True)
+        return place, target
+
+    def drop_copy(self, place: str) -> None:
+        """Remove a copy made by `keep_copy`; its upload is done."""
+        shutil.rmtree((self.folder / place).parent, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / "outbox").rmdir()
+
+    def records(self, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Records from byte `start` on, each with the position after it."""
+        if not self.records_path.is_file():
+            return
+        with self.records_path.open("rb") as file:
+            file.seek(start)
+            position = start
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                position += len(line)
+                yield position, json.loads(line)
+
+    def pending(self) -> int:
+        """Bytes not yet delivered."""
+        size = self.records_path.stat().st_size if self.records_path.is_file() else 0
+        return max(0, size - self.state["sent"])
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step at which each metric was recorded."""
+        steps: dict[str, int] = {}
+        for _, record in self.records():
+            if record["do"] == "metrics":
+                steps |= dict.fromkeys(record["values"], record["step"])
+        return steps
+
+    def update(self, **state: Any) -> None:
+        """Change the state, on disk at once."""
+        self.state |= state
+        temporary = self.state_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state), encoding="utf-8")
+        os.replace(temporary, self.state_path)
