@@ -1,0 +1,1 @@
+"""The network of CIGPose and of its baseline."""
