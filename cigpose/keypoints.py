@@ -110,6 +110,8 @@ class KeypointSet:
             raise ValueError(f"keypoints: unknown keys {sorted(unknown)}, expected some of {sorted(known)}.")
         names = tuple(str(name) for name in table["names"])
         position = {name: i for i, name in enumerate(names)}
+        if len(position) != len(names):
+            raise ValueError(f"keypoints.names: every name must be unique, got {list(names)}.")
 
         def indices(column: str, members: Iterable[str]) -> tuple[int, ...]:
             try:

@@ -8,8 +8,8 @@ import inspect
 import itertools
 import os
 import tempfile
+import textwrap
 import typing
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,15 @@ def _entry(key: str, value: Any, meaning: str, depth: int) -> list[str]:
     if isinstance(value, dict) and value and all(dataclasses.is_dataclass(item) for item in value.values()):
         lines = _comment(key, meaning, indent)
         for name, item in value.items():
-            lines += [f"{indent}  {name}:", *(f"{indent}    {k}: {_flow(v)}" for k, v in to_mapping(item).items())]
+            lines.append(f"{indent}  {name}:")
+            for field_name, field_value in to_mapping(item).items():
+                lines += _wrapped(f"{indent}    {field_name}:", field_value)
         return lines
     if isinstance(value, dict) and value:
         block = yaml.safe_dump(to_mapping(value), sort_keys=False, default_flow_style=None, width=WIDTH - 2 * depth)
         return [*_comment(key, meaning, indent), *(f"{indent}  {line}" for line in block.splitlines())]
-    return _comment(f"{key} {_flow(to_mapping(value))}", meaning, indent)
+    *head, last = _wrapped(key, to_mapping(value))
+    return [*head, last] if head else _comment(last, meaning, indent)
 
 
 def _comment(line: str, meaning: str, indent: str) -> list[str]:
@@ -76,7 +79,15 @@ def _comment(line: str, meaning: str, indent: str) -> list[str]:
     padded = line.ljust(COMMENT_COLUMN)
     if len(padded) + len(meaning) + 4 <= WIDTH:
         return [f"{padded}  # {meaning}"]
-    return [f"{indent}# {meaning}", line]
+    return [*textwrap.wrap(meaning, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "), line]
+
+
+def _wrapped(key: str, value: Any) -> list[str]:
+    """`key: value`, broken between the value's items where it is longer than the page."""
+    if len(line := f"{key} {_flow(value)}") <= WIDTH or not isinstance(value, list):
+        return [line]
+    indent = " " * (len(key) - len(key.lstrip()) + 2)
+    return [key, *(f"{indent}- {_flow(item)}" for item in value)]
 
 
 def _flow(value: Any) -> str:
@@ -84,7 +95,6 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-@cache
 def field_meanings(cls: type) -> dict[str, str]:
     """First line of the text under each field of a configuration dataclass."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body

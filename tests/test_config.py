@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cigpose.config import Config, config_from_mapping, load_params, load_preset, preset_text, presets
+from cigpose.params_file import params_text, write_params
+from cigpose.schema import ConfigError
+
+PAPER = {
+    "cigpose-m_8xb64-420e_coco-wholebody-256x192": "cigpose-m_coco-wholebody_256x192",
+    "cigpose-l_8xb64-420e_coco-wholebody-256x192": "cigpose-l_coco-wholebody_256x192",
+    "cigpose-l_8xb32-420e_coco-wholebody-384x288": "cigpose-l_coco-wholebody_384x288",
+    "cigpose-x_8xb32-420e_coco-wholebody-384x288": "cigpose-x_coco-wholebody_384x288",
+    "cigpose-l_8xb32-420e_coco-ubody-256x192": "cigpose-l_coco-ubody_256x192",
+    "cigpose-l_8xb32-420e_coco-ubody-384x288": "cigpose-l_coco-ubody_384x288",
+    "cigpose-x_8xb32-420e_coco-ubody-384x288": "cigpose-x_coco-ubody_384x288",
+    "cigpose-m_1xb384-420e_coco-256x192": "cigpose-m_coco_256x192",
+    "cigpose-l_1xb256-420e_coco-256x192": "cigpose-l_coco_256x192",
+    "cigpose-l_1xb64-420e_coco-384x288": "cigpose-l_coco_384x288",
+    "cigpose-m_1xb64-210e_crowdpose-256x192": "cigpose-m_crowdpose_256x192",
+    "cigpose-l_1xb64-210e_crowdpose-256x192": "cigpose-l_crowdpose_256x192",
+    "cigpose-l_1xb64-210e_crowdpose-384x288": "cigpose-l_crowdpose_384x288",
+    "cigpose-x_1xb64-210e_crowdpose-384x288": "cigpose-x_crowdpose_384x288",
+}
+
+
+def quickstart() -> dict[str, Any]:
+    return copy.deepcopy(load_preset("quickstart").to_mapping())
+
+
+def change(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    *parents, last = path.split(".")
+    section = values
+    for key in parents:
+        section = section[key]
+    section[last] = value
+    return values
+
+
+def test_the_fourteen_models_the_baselines_and_the_quickstart_are_there() -> None:
+    baselines = {f"rtmpose-{size}_coco-wholebody_{crop}" for size, crop in
+                 (("m", "256x192"), ("l", "256x192"), ("l", "384x288"), ("x", "384x288"))}  # fmt: skip
+    assert set(presets()) == set(PAPER.values()) | baselines | {"quickstart"}
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_is_named_as_its_file_and_its_crop(name: str) -> None:
+    config = load_preset(name)
+    assert config.name == name
+    if name != "quickstart":
+        width, height = config.model.input_size
+        assert name.endswith(f"_{height}x{width}")
+
+
+@pytest.mark.parametrize("name", presets())
+def test_what_use_writes_reads_back_as_the_preset(name: str, tmp_path: Path) -> None:
+    config = load_preset(name)
+    write_params(config, tmp_path / "params.yaml")
+    assert load_params(tmp_path / "params.yaml") == config
+    assert config_from_mapping(config.to_mapping()) == config
+    assert config_from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
+
+
+@pytest.mark.parametrize("name", presets())
+def test_what_use_writes_is_complete_and_fits_the_page(name: str) -> None:
+    text = params_text(load_preset(name))
+    assert yaml.safe_load(text) == load_preset(name).to_mapping()
+    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, preset_text(name).splitlines())) <= 120
+
+
+def test_the_committed_params_are_the_quickstart(root: Path) -> None:
+    assert load_params(root / "params.yaml") == load_preset("quickstart")
+
+
+@pytest.mark.parametrize("upstream", sorted(PAPER))
+def test_a_paper_preset_holds_every_number_of_the_original(upstream: str, golden: Path) -> None:
+    zoo = {entry["config"]: entry for entry in json.loads((golden / "zoo.json").read_text())}
+    entry, config = zoo[upstream], load_preset(PAPER[upstream])
+    model, train, head = config.model, config.train, entry["head"]
+    assert list(model.input_size) == entry["input_size_wh"]
+    assert len(config.keypoint_set) == entry["num_keypoints"]
+    for name in ("widen_factor", "deepen_factor", "expand_ratio", "pretrained"):
+        assert getattr(model.backbone, name) == entry["backbone"][name]
+    assert (model.head.hidden, model.head.gau_s) == (head["gau"]["hidden_dims"], head["gau"]["s"])
+    assert model.head.gau_expansion == head["gau"]["expansion_factor"]
+    assert model.head.final_kernel_size == head["final_layer_kernel_size"]
+    assert model.hgnn.num_layers == head["hgnn"]["num_layers"]
+    assert (model.causal.train_top_k, model.causal.eval_top_k) == (head["cim"]["k_train"], head["cim"]["k_val"])
+    assert model.causal.counterfactual_weight == head["loss_cf"]["loss_weight"]
+    assert model.loss_beta == head["loss_kpt"]["beta"]
+    assert list(model.simcc.sigma) == entry["codec"]["sigma"]
+    assert model.simcc.split_ratio == entry["codec"]["simcc_split_ratio"]
+    recipe = entry["train"]
+    assert (train.epochs, config.seed) == (recipe["max_epochs"], recipe["seed"])
+    assert train.loss_batch == train.batch_per_worker == recipe["batch_size_per_gpu"]
+    assert train.resolved_learning_rate == recipe["base_lr"]
+    assert train.optimizer.weight_decay == recipe["optimizer"]["weight_decay"]
+    assert train.optimizer.clip_grad_norm == (recipe["clip_grad"] or {}).get("max_norm")
+    assert train.schedule.warmup_steps == recipe["schedule"][0]["end"]
+    assert train.schedule.warmup_start_factor == recipe["schedule"][0]["start_factor"]
+    assert len(train.schedule.cosines) == len(recipe["schedule"]) - 1
+    for ours, theirs in zip(train.schedule.cosines, recipe["schedule"][1:], strict=True):
+        assert (ours.begin_epoch, ours.end_epoch) == (theirs["begin"], theirs["end"])
+        assert ours.final_factor * recipe["base_lr"] == pytest.approx(theirs["eta_min"])
+    assert (train.ema.momentum, train.ema.gamma) == (recipe["ema"]["momentum"], recipe["ema"]["gamma_default"])
+    assert train.validate_every_epochs == recipe["val_interval"]
+    assert config.evaluate.batch == recipe["val_batch_size"]
+    assert config.evaluate.flip_test is entry["test_cfg"]["flip_test"]
+    assert (config.evaluate.boxes == "detections") is bool(entry["data"]["val_bbox_file"])
+    assert config.augmentation.stage2_from_epoch == recipe["stage2_switch_epoch"]
+    for stage, theirs in (("stage1", "augmentation_stage1"), ("stage2", "augmentation_stage2")):
+        mine, other = getattr(config.augmentation, stage), entry[theirs]
+        blur, median, dropout = other["albumentation"]
+        box, hsv = other["bbox_transform"], other["hsv"]
+        assert mine.flip_prob == other["flip"]["prob"]
+        assert mine.half_body_prob == other["half_body"]["prob"]
+        assert (mine.shift_factor, mine.shift_prob) == (box["shift_factor"], box["shift_prob"])
+        assert (list(mine.scale_range), mine.scale_prob) == (box["scale_factor"], box["scale_prob"])
+        assert (mine.rotate_degrees, mine.rotate_prob) == (box["rotate_factor"], box["rotate_prob"])
+        assert list(mine.hsv_delta) == [hsv["hue_delta"], hsv["saturation_delta"], hsv["value_delta"]]
+        assert (mine.blur_prob, mine.median_blur_prob, mine.dropout_prob) == (blur["p"], median["p"], dropout["p"])
+        assert list(mine.dropout_size) == [dropout["min_height"], dropout["max_height"]]
+    readme = entry["upstream_readme"]
+    assert config.published is not None
+    assert config.published.ap == readme.get("whole_ap", readme.get("ap"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.epochs", "many", "train.epochs: expected int, got 'many'"),
+        ("train.epochs", True, "train.epochs: expected int, got True"),
+        ("train.epoch", 3, "train.epoch: unknown key. Did you mean 'epochs'"),
+        ("model.input_size", [192], r"model.input_size: expected 2 values, got 1"),
+        ("model.input_size", [190, 256], r"model.input_size must be multiples of 16"),
+        ("model.input_size", 192, r"model.input_size: expected a list, got 192"),
+        ("model.head.kind", "hrnet", "model.head.kind: 'hrnet' is not one of 'cigpose', 'rtmpose'"),
+        ("model.causal.train_top_k", -1, "model.causal.train_top_k must be 0 or more, got -1"),
+        ("model.causal.train_top_k", 134, "model.causal.train_top_k: 134 of only 133 keypoints"),
+        ("keypoints", "halpe", "'halpe' is not one of"),
+        ("train.batch_total", 15, "batch_total must be a multiple of 2"),
+        ("data.train", [], "train: name at least one dataset"),
+        ("data.val", "nothing", "dataset 'nothing' is neither in datasets nor in locations"),
+        ("data.render.rendered-val.occlusion", 1.5, "data.render.rendered-val.occlusion must be between 0 and 1"),
+        ("data.render.rendered-val.image_size", [10, 10], "at least 64 x 64"),
+        ("data", 3, "data: expected a mapping, got 3"),
+        ("train.cluster.use_gpu", "never", "train.cluster.use_gpu"),
+        ("model.backbone.out_stage", 7, "out_stage must be 2, 3 or 4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_value_is_named_with_its_path(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_mapping(change(quickstart(), path, value))
+
+
+def test_a_missing_key_is_named_with_its_path() -> None:
+    values = quickstart()
+    del values["train"]["loss_batch"]
+    with pytest.raises(ConfigError, match=r"train\.loss_batch: missing"):
+        config_from_mapping(values)
+
+
+def test_a_number_written_with_an_exponent_is_a_number() -> None:
+    config = config_from_mapping(change(quickstart(), "train.optimizer.learning_rate", "1e-3"))
+    assert config.train.optimizer.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("none", 0.0012), ("linear", 0.0048), ("sqrt", 0.0024)], ids=["none", "linear", "sqrt"]
+)
+def test_the_learning_rate_follows_the_total_batch_by_its_named_rule(rule: str, expected: float) -> None:
+    values = change(quickstart(), "train.optimizer", {"learning_rate": 0.0012, "learning_rate_batch": 16})
+    values["train"]["optimizer"]["learning_rate_scaling"] = rule
+    values["train"]["batch_total"] = 64
+    assert config_from_mapping(values).train.resolved_learning_rate == pytest.approx(expected)
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="cigpose-m_coco-wholebody_256x192"):
+        load_preset("cigpose-m")
+
+
+def test_params_that_are_not_there_say_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="cigpose use quickstart"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_params_that_are_not_yaml_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("train: [1, 2")
+    with pytest.raises(ConfigError, match=r"params.yaml: not valid yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config: Config = load_preset("quickstart")
+    with pytest.raises(AttributeError):
+        config.train.epochs = 3  # type: ignore[misc]
