@@ -25,8 +25,8 @@ COMMENT_COLUMN = 52
 def params_text(config: Config) -> str:
     """The complete params.yaml of an experiment, defaults written out, meanings as comments."""
     header = (
-        f"# {config.name}: every number of this experiment. Written by `cigpose use`; edit it, or override a run with\n"
-        "# `dvc exp run -S train.epochs=10`.\n"
+        f"# {config.name}: every number of this experiment, written by `cigpose use`.\n"
+        "# Edit it, or override one run with `dvc exp run -S train.epochs=10`.\n"
     )
     return header + "\n".join(_section(config, 0)) + "\n"
 
@@ -66,8 +66,10 @@ def _entry(key: str, value: Any, meaning: str, depth: int) -> list[str]:
                 lines += _wrapped(f"{indent}    {field_name}:", field_value)
         return lines
     if isinstance(value, dict) and value:
-        block = yaml.safe_dump(to_mapping(value), sort_keys=False, default_flow_style=None, width=WIDTH - 2 * depth)
-        return [*_comment(key, meaning, indent), *(f"{indent}  {line}" for line in block.splitlines())]
+        lines = _comment(key, meaning, indent)
+        for name, item in to_mapping(value).items():
+            lines += _wrapped(f"{indent}  {name}:", item)
+        return lines
     *head, last = _wrapped(key, to_mapping(value))
     return [*head, last] if head else _comment(last, meaning, indent)
 
