@@ -1,0 +1,86 @@
+"""What a model says about every person of a dataset, in image pixels.
+
+B persons of a batch, K keypoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cigpose.codec import decode
+from cigpose.data.transforms import crop_to_image
+from cigpose.evaluate.predictions import FIELDS, Predictions
+from cigpose.keypoints import KeypointSet
+from cigpose.model.estimator import forward_flip_test, normalize
+
+__all__ = ["Predictions", "predict", "predict_crops"]
+
+
+def predict(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    keypoint_set: KeypointSet,
+    *,
+    device: torch.device | str,
+    flip_test: bool = True,
+    progress: Callable[[int], object] | None = None,
+) -> Predictions:
+    """Run a model over evaluation batches.
+
+    Args:
+        model: gives (simcc_x, simcc_y); put into eval mode here, and back afterwards.
+        loader: evaluation batches (`cigpose.data.loader.eval_loader`); every person should come once.
+        keypoint_set: its flip pairs are used by the flip test.
+        device: where the model is.
+        flip_test: average the outputs of the crop and of its mirror image.
+        progress: called after each batch with its number of persons.
+
+    Returns: all persons in the loader's order; empty if it gave none.
+    """
+    flip_index = torch.as_tensor(keypoint_set.flip_index, device=device) if flip_test else None
+    was_training = model.training
+    model.eval()
+    parts: list[Predictions] = []
+    try:
+        for batch in loader:
+            parts.append(_predict_batch(model, batch, device, flip_index))
+            if progress is not None:
+                progress(len(parts[-1]))
+    finally:
+        model.train(was_training)
+    return Predictions.concatenate(parts) if parts else Predictions.empty(len(keypoint_set))
+
+
+@torch.inference_mode()
+def _predict_batch(
+    model: nn.Module, batch: Mapping[str, Any], device: torch.device | str, flip_index: torch.Tensor | None
+) -> Predictions:
+    columns = {name: np.asarray(batch[name]) for name in FIELDS if name in batch}
+    keypoints, scores = predict_crops(model, batch["crops"].to(device, non_blocking=True), flip_index)
+    height, width = batch["crops"].shape[1:3]
+    image_keypoints = crop_to_image(keypoints, columns["center"], columns["scale"], (width, height))
+    return Predictions(**columns, keypoints=image_keypoints, keypoint_scores=scores)
+
+
+@torch.inference_mode()
+def predict_crops(
+    model: nn.Module, crops: torch.Tensor, flip_index: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keypoints of a batch of crops, in crop pixels.
+
+    Args:
+        model: in eval mode.
+        crops: uint8 (B, H, W, 3) RGB, on the model's device.
+        flip_index: (K,) int64 on the same device to average with the mirror image, or None.
+
+    Returns: keypoints (B, K, 2) and scores (B, K), float32.
+    """
+    images = normalize(crops)
+    simcc_x, simcc_y = model(images) if flip_index is None else forward_flip_test(model, images, flip_index)
+    keypoints, scores = decode(simcc_x, simcc_y, simcc_x.shape[-1] / crops.shape[2])
+    return keypoints.float().cpu().numpy(), scores.float().cpu().numpy()
