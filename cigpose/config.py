@@ -105,6 +105,8 @@ class ShardingConfig:
     """Of frames taken from videos; photographs keep their bytes."""
     max_bad_share: float = 0.0
     """Share of persons that may be unreadable before the stage fails."""
+    verify_images: bool = False
+    """Decode every picture. Headers, ends and checksums are looked at in any case."""
     processes: int = 0
     """0: one per core."""
 
@@ -361,6 +363,9 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
+    sync_batch_norm: bool | Literal["auto"] = "auto"
+    """Batch statistics of the backbone over all workers, as upstream: auto does so on GPUs. On CPUs it costs about half
+    as much time again, and the workers' batches are then those of one worker."""
     compile: bool = False
     validate_every_epochs: int = 10
     log_every_steps: int = 50

@@ -71,9 +71,9 @@ class PoseEstimator(nn.Module):
             visible: (B, K) training weight, 0 or 1.
 
         Returns:
-            Scalars: `loss`, the only one with a gradient, the sum of `loss_kpt`, `loss_cf` (0 for RTMPose) and, where
-            `model.causal.supervise_uncertainty`, `loss_uncertainty`; and `acc_pose`, PCK at 0.05. As upstream's,
-            `loss_kpt` is summed over the batch.
+            Scalars: `loss`, the sum of `loss_kpt`, `loss_cf` (0 for RTMPose) and, where
+            `model.causal.supervise_uncertainty`, `loss_uncertainty`, each with its gradient, so that training may weigh
+            them otherwise; and `acc_pose`, PCK at 0.05. As upstream's, `loss_kpt` is summed over the batch.
         """
         return self.head.loss(self.backbone(images), keypoints, visible)
 

@@ -81,7 +81,7 @@ class RTMPoseHead(SimCCHead):
         loss_kpt = losses.keypoint_loss(logits, labels, weight, self.beta)
         return {
             "loss": loss_kpt,
-            "loss_kpt": loss_kpt.detach(),
+            "loss_kpt": loss_kpt,
             "loss_cf": torch.zeros_like(loss_kpt),
             "acc_pose": self.accuracy(logits, labels, weight),
         }
@@ -161,11 +161,11 @@ class CIGPoseHead(SimCCHead):
         loss_cf = self.counterfactual_weight * losses.counterfactual_loss(observed, logits, compared)
         result = {
             "loss": loss_kpt + loss_cf,
-            "loss_kpt": loss_kpt.detach(),
-            "loss_cf": loss_cf.detach(),
+            "loss_kpt": loss_kpt,
+            "loss_cf": loss_cf,
             "acc_pose": self.accuracy(logits, labels, weight),
         }
         if self.supervise_uncertainty:
             loss_uncertainty = losses.keypoint_loss(initial, labels, weight, self.beta)
-            result |= {"loss": result["loss"] + loss_uncertainty, "loss_uncertainty": loss_uncertainty.detach()}
+            result |= {"loss": result["loss"] + loss_uncertainty, "loss_uncertainty": loss_uncertainty}
         return result
