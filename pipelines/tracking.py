@@ -65,6 +65,7 @@ def connect(address: str) -> MlflowClient:
     Raises:
         MlflowException: the server does not answer.
     """
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     with _alone(address):
         client = MlflowClient(tracking_uri=address, registry_uri=address)
         client.search_experiments(max_results=1)

@@ -1,0 +1,218 @@
+"""`make ui`: the Prefect server and the MLflow UI on loopback, until Ctrl-C.
+
+Ports: PREFECT_SERVER_API_PORT (4200) and MLFLOW_PORT (5000); where these are taken and were not asked for, a free one
+is used. A server that PREFECT_API_URL or the tracking address already names is not started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import requests
+
+from cigpose.config import load_params
+from pipelines.lineage import project_root
+from pipelines.processes import start, stop_group
+from pipelines.tracking import artifact_folder, connect, tracking_address
+
+START_TIMEOUT_S = 120.0
+HOST = "127.0.0.1"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
+
+
+class ServerError(RuntimeError):
+    """A server that does not come up, or went down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server to run."""
+
+    name: str
+    command: tuple[str, ...]
+    health: str
+    """Address that answers 200 when it is ready."""
+    address: str
+    """What people open."""
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def prefect_home(root: Path) -> Path:
+    """Where Prefect keeps its database and settings: `.prefect` of the project, unless PREFECT_HOME says else."""
+    return Path(os.environ.setdefault("PREFECT_HOME", str(root / ".prefect")))
+
+
+def prefect_server(root: Path, port: int) -> Server:
+    """The Prefect server, with its interface told which port it is on (it calls 4200 otherwise)."""
+    api = f"http://{HOST}:{port}/api"
+    return Server(
+        name="Prefect",
+        command=(sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)),
+        health=f"{api}/health",
+        address=f"http://{HOST}:{port}",
+        log=prefect_home(root) / "prefect-server.log",
+        env={
+            "PREFECT_API_URL": api,
+            "PREFECT_UI_API_URL": api,
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        },
+    )
+
+
+def mlflow_server(root: Path, port: int, address: str) -> Server:
+    """The MLflow server over the sqlite database at `address`: one worker, no job runner."""
+    connect(address)  # set up by one process alone
+    folder = prefect_home(root)
+    return Server(
+        name="MLflow",
+        command=(
+            *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address),
+            *("--artifacts-destination", artifact_folder(address, root) or str(root / "mlartifacts")),
+            *("--host", HOST, "--port", str(port), "--workers", "1"),
+        ),
+        health=f"http://{HOST}:{port}/health",
+        address=f"http://{HOST}:{port}",
+        log=folder / "mlflow-server.log",
+        env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    )
+
+
+def choose_port(default: int, variable: str) -> int:
+    """The port that `variable` asks for, else the default, else any free one.
+
+    Raises:
+        ServerError: the port asked for is taken, or not a number.
+    """
+    asked = os.environ.get(variable)
+    if asked:
+        if not asked.isdigit():
+            raise ServerError(f"{variable}={asked}: expected a port number.")
+        if not is_free(int(asked)):
+            raise ServerError(f"{variable}={asked}: another program listens on that port. Choose another one.")
+        return int(asked)
+    return default if is_free(default) else free_port()
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a port of the loopback interface."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(*servers: Server, root: Path, timeout_s: float = START_TIMEOUT_S) -> Iterator[list[subprocess.Popen[str]]]:
+    """Run servers until the block ends, whatever ends it; the block begins when all of them answer.
+
+    Raises:
+        ServerError: one does not come up; with the end of its log.
+    """
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for server in servers:
+            server.log.parent.mkdir(parents=True, exist_ok=True)
+            with server.log.open("w", encoding="utf-8") as log:
+                processes.append(start(server.command, cwd=root, env=server.env, output=log))
+        for server, process in zip(servers, processes, strict=True):
+            _wait_healthy(server, process, timeout_s)
+        yield processes
+    finally:
+        for process in processes:  # all at once, then wait for each
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in processes:
+            stop_group(process, _STOP)
+
+
+def _wait_healthy(server: Server, process: subprocess.Popen[str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        # The process as well: on a taken port the server dies while another one answers.
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(server.health, timeout=2).ok and process.poll() is None:
+                return
+        time.sleep(0.2)
+    state = "did not answer" if process.poll() is None else f"exited with {process.returncode}"
+    tail = " | ".join(server.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
+    raise ServerError(f"{server.name} on {server.address} {state}; {server.log} ends: {tail}")
+
+
+def watch(servers: list[Server], processes: list[subprocess.Popen[str]]) -> None:
+    """Return never; raise when a server ends by itself."""
+    while True:
+        for server, process in zip(servers, processes, strict=True):
+            if process.poll() is not None:
+                raise ServerError(f"{server.name} ended with {process.returncode}; its log is {server.log}.")
+        time.sleep(0.5)
+
+
+def _interrupt(*_: int | FrameType | None) -> None:
+    for number in _SIGNALS:  # the second Ctrl-C must not break off the clearing up
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def serve(root: Path) -> None:
+    """Bring both up, print where they are, and wait for a signal."""
+    address = tracking_address(load_params(root / "params.yaml"), root)
+    servers = []
+    prefect_address, mlflow_address = os.environ.get("PREFECT_API_URL"), address
+    if prefect_address is None:
+        servers.append(prefect_server(root, choose_port(4200, "PREFECT_SERVER_API_PORT")))
+        prefect_address = servers[-1].address
+    if not address.startswith("http"):
+        servers.append(mlflow_server(root, choose_port(5000, "MLFLOW_PORT"), address))
+        mlflow_address = servers[-1].address
+    note = prefect_home(root) / "api_url"  # `make retrain` shows itself in this server
+    try:
+        with running(*servers, root=root) as processes:
+            note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
+            print(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}\nCtrl-C stops both.", flush=True)
+            watch(servers, processes)
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Run until a signal; 1 when a server fails."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for number in _SIGNALS:  # a shell's `&` starts its children with SIGINT off
+        signal.signal(number, _interrupt)
+    try:
+        serve(project_root())
+    except KeyboardInterrupt:
+        print("Stopped.", flush=True)
+    except (ServerError, ValueError, OSError) as err:
+        print(f"ui: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
