@@ -1,0 +1,225 @@
+"""The network as an ONNX file, and an ONNX file as a network.
+
+B crops, K keypoints, (W, H) of the crop in pixels. The file carries its configuration, so that a `Predictor` needs
+nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cigpose.codec import decode
+from cigpose.config import Config, config_from_mapping
+from cigpose.model.estimator import normalize
+
+CONFIG_KEY = "cigpose_config"
+OUTPUTS_KEY = "cigpose_outputs"
+NAMES_KEY = "cigpose_keypoints"
+LOGITS = ("simcc_x", "simcc_y")
+DECODED = ("keypoints", "scores")
+TOLERANCE = 1e-4
+"""Largest difference between onnxruntime and torch, relative to the largest output. Sums of a few thousand float32
+products in another order differ by about 1e-5; a wrong operator differs by more than 0.1."""
+
+TIED_SHARE = 0.01
+"""Share of decoded keypoints that may lie elsewhere: where two bins are equally likely, rounding picks one."""
+
+_CHECK_BATCHES = (1, 3)
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        simcc_x, simcc_y = self.model(images)
+        return simcc_x, simcc_y
+
+
+class _Decoded(nn.Module):
+    def __init__(self, model: nn.Module, split_ratio: float) -> None:
+        super().__init__()
+        self.model, self.split_ratio = model, split_ratio
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        simcc_x, simcc_y = self.model(normalize(crops))
+        return decode(simcc_x, simcc_y, self.split_ratio)
+
+
+def export_onnx(
+    model: nn.Module,
+    config: Config,
+    path: str | Path,
+    *,
+    decoded: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Path:
+    """Write the network as one ONNX file, and run it to see that it computes what torch computes.
+
+    Args:
+        model: the network; a copy in eval mode on the CPU is exported, in float32.
+        config: of the model; kept in the file.
+        path: the file to write, replaced atomically.
+        decoded: False: input `images` float32 (B, 3, H, W) normalised RGB, outputs `simcc_x` (B, K, bins of x) and
+            `simcc_y` (B, K, bins of y), as `forward` of the model. True: input `crops` uint8 (B, H, W, 3) RGB, outputs
+            `keypoints` (B, K, 2) in crop pixels and `scores` (B, K), for programs without torch.
+        tolerance: see `TOLERANCE`.
+
+    Returns: `path`.
+
+    Raises:
+        ModuleNotFoundError: the ONNX packages are not installed.
+        ValueError: onnxruntime and torch differ by more than `tolerance`.
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network = copy.deepcopy(model).float().cpu().eval()
+    module = (_Decoded(network, config.model.simcc.split_ratio) if decoded else _Logits(network)).eval()
+    outputs = DECODED if decoded else LOGITS
+    name = "crops" if decoded else "images"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (_example(config, 2, decoded),),
+                dynamo=True,
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+                verbose=False,
+            )
+        if program is None:
+            raise ValueError(f"{path}: torch.onnx.export gave no program. Is torch 2.9 or newer installed?")
+        program.model.metadata_props.update(
+            {
+                CONFIG_KEY: json.dumps(config.to_mapping()),
+                OUTPUTS_KEY: " ".join(outputs),
+                NAMES_KEY: " ".join(config.keypoint_set.names),
+            }
+        )
+        program.save(str(temporary), external_data=False)
+        _compare(module, temporary, path, config, tolerance, decoded=decoded)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+class OnnxModel(nn.Module):
+    """An exported network that is called like the original: float32 images in, (simcc_x, simcc_y) out.
+
+    Args:
+        path: a file that `export_onnx` wrote, with logits as outputs.
+        threads: of onnxruntime; 0 leaves it the choice.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: onnxruntime is not installed.
+        ValueError: it is not such a file.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+        super().__init__()
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no ONNX file there. `cigpose export` writes one.")
+        self.session = _session(path, threads)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if CONFIG_KEY not in metadata:
+            raise ValueError(
+                f"{path}: carries no configuration, so it was not written by `cigpose export`. Export again."
+            )
+        self.config = config_from_mapping(json.loads(metadata[CONFIG_KEY]))
+        found = metadata.get(OUTPUTS_KEY, "").split()
+        if found != list(LOGITS):
+            raise ValueError(
+                f"{path}: gives {' and '.join(found)}, expected {' and '.join(LOGITS)}. Export again without --decoded."
+            )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits as of `PoseEstimator.forward`, computed by onnxruntime on the CPU."""
+        feed = {self.session.get_inputs()[0].name: np.ascontiguousarray(images.detach().cpu().numpy())}
+        simcc_x, simcc_y = self.session.run(list(LOGITS), feed)
+        return torch.from_numpy(simcc_x).to(images.device), torch.from_numpy(simcc_y).to(images.device)
+
+
+def _session(path: Path, threads: int = 0) -> Any:
+    _require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as err:  # onnxruntime's own exceptions have no common base
+        raise ValueError(f"{path}: onnxruntime cannot load it ({err}). Export it again.") from err
+
+
+def _require(*modules: str) -> None:
+    missing = []
+    for module in modules:
+        try:
+            __import__(module)
+        except ModuleNotFoundError:
+            missing.append(module)
+    if missing:
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)} not installed, which ONNX files need. Run `pip install {' '.join(missing)}`."
+        )
+
+
+def _example(config: Config, batch: int, decoded: bool, seed: int = 0) -> Tensor:
+    width, height = config.model.input_size
+    crops = np.random.default_rng(seed).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+    return torch.from_numpy(crops) if decoded else normalize(torch.from_numpy(crops)).contiguous()
+
+
+@torch.inference_mode()
+def _compare(module: nn.Module, file: Path, path: Path, config: Config, tolerance: float, *, decoded: bool) -> None:
+    session = _session(file)
+    for batch in _CHECK_BATCHES:
+        example = _example(config, batch, decoded, seed=batch)
+        expected = [tensor.numpy() for tensor in module(example)]
+        names = [output.name for output in session.get_outputs()]
+        found = session.run(names, {session.get_inputs()[0].name: example.numpy()})
+        for name, ours, theirs in zip(names, found, expected, strict=True):
+            away = np.abs(ours - theirs) / max(float(np.abs(theirs).max()), 1e-12)
+            difference = float(np.quantile(away, 1 - TIED_SHARE, method="lower") if name == "keypoints" else away.max())
+            if ours.shape != theirs.shape or not difference <= tolerance:
+                raise ValueError(
+                    f"{path}: {name} of onnxruntime differs from torch by {difference:.2g} of its largest value, "
+                    f"allowed is {tolerance:.2g}. Nothing was written; try another version of torch or onnxruntime."
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks, which concern its own internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
