@@ -1,0 +1,365 @@
+"""Datasets as webdataset tars: one sample per image, an index beside them. The format is described in docs/shards.md.
+
+<dataset>/<dataset>-00000.tar ...   `<key>.jpg` and `<key>.json` of each image
+<dataset>/annotations.json          ground truth of the whole split, if asked for
+<dataset>/index.json                written last; what it lists is whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cigpose.config import Config, DatasetConfig
+from cigpose.data.archives import DataError, list_members, sha256_of, split_spec
+from cigpose.data.coco import read_coco
+from cigpose.data.crowdpose import read_crowdpose
+from cigpose.data.ground_truth import write_ground_truth
+from cigpose.data.intake import BadSamples, Frame, Intake
+from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs, write_shard
+from cigpose.data.ubody import read_frames, read_ubody
+from cigpose.progress import progress as show_progress
+
+FORMAT = 1
+INDEX = "index.json"
+GROUND_TRUTH = "annotations.json"
+
+_READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Pictures]] = {
+    "coco": (read_coco, read_photographs),
+    "crowdpose": (read_crowdpose, read_photographs),
+    "ubody": (read_ubody, read_frames),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """One tar as the index lists it."""
+
+    name: str
+    sha256: str
+    bytes: int
+    images: int
+    persons: int
+    detections: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardIndex:
+    """index.json: what a dataset's shards hold and where that came from."""
+
+    format: int
+    dataset: str
+    keypoints: str
+    """Name of the keypoint set."""
+    num_keypoints: int
+    images: int
+    persons: int
+    detections: int
+    dropped: dict[str, int]
+    """Reason -> persons (or detections) left out by the rule."""
+    sources: dict[str, str]
+    """File the shards were made from -> sha256."""
+    ground_truth: str | None
+    """File beside the index, or None."""
+    shards: tuple[ShardEntry, ...]
+    bad: dict[str, Any] = field(default_factory=dict)
+    """`count` of unreadable persons and the first `examples` in words."""
+    mended: dict[str, int] = field(default_factory=dict)
+    """What was put right -> how many pictures."""
+
+
+def parse_index(text: str | bytes, where: str) -> ShardIndex:
+    """An index from its JSON, wherever that was read from.
+
+    Raises:
+        DataError: it is not an index of this format.
+    """
+    try:
+        values = json.loads(text)
+        if values["format"] != FORMAT:
+            raise DataError(
+                f"{where}: format {values['format']}, this version reads {FORMAT}. Shard the data again: `dvc repro`."
+            )
+        shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
+        return ShardIndex(**values, shards=shards)
+    except (KeyError, TypeError, json.JSONDecodeError) as err:
+        raise DataError(f"{where}: not an index of shards ({err}). Shard the data again: `dvc repro`.") from err
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """The index of the shards in a local folder.
+
+    Raises:
+        FileNotFoundError: no index there: the folder was not sharded, or not to the end.
+        DataError: it is not an index of this format.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found. `python -m pipelines.shard KEY` makes the shards.")
+    return parse_index(path.read_bytes(), str(path))
+
+
+def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
+    """Check that every shard is there as the index says, by size and (slower) by sha256.
+
+    Raises:
+        FileNotFoundError: the index or a shard is missing.
+        DataError: a shard differs.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    again = f"Delete {folder} and run `dvc repro shard`."
+    for shard in index.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json lists it. {again}")
+        if (size := path.stat().st_size) != shard.bytes:
+            raise DataError(f"{path}: {size} bytes, index.json says {shard.bytes}. {again}")
+        if digests and (digest := sha256_of(path)) != shard.sha256:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {shard.sha256[:12]}.... {again}")
+    if index.ground_truth is not None and not (folder / index.ground_truth).is_file():
+        raise FileNotFoundError(f"{folder / index.ground_truth}: not found, but index.json names it. {again}")
+    return index
+
+
+def write_dataset(
+    config: Config, key: str, raw_root: Path, out_root: Path, progress: Callable[..., Any] = show_progress
+) -> ShardIndex:
+    """Make the shards of one dataset of params.yaml.
+
+    Everything is written to `<out_root>/<key>.partial`, which becomes `<out_root>/<key>` when it is complete. A run
+    that was killed leaves the partial folder; the next run keeps its finished shards if sources and parameters are the
+    same.
+
+    Args:
+        config: the experiment.
+        key: of `config.data.datasets`.
+        raw_root: folder of the raw folders, usually data/raw.
+        out_root: folder of the shard folders, usually data/shards.
+        progress: as `cigpose.progress.progress`.
+
+    Raises:
+        DataError: unknown key, unreadable file, more bad samples than allowed, or no person at all.
+        FileNotFoundError: a raw file is missing.
+    """
+    if key not in config.data.datasets:
+        raise DataError(f"data.datasets: no dataset {key!r}. There are: {', '.join(config.data.datasets)}.")
+    if "." in key or "/" in key:
+        raise DataError(f"data.datasets.{key}: a dataset's name must have no dot and no slash; shards are named by it.")
+    dataset = config.data.datasets[key]
+    partial = Path(out_root) / f"{key}.partial"
+    raw = Path(raw_root) / dataset.raw
+    sources = _source_paths(dataset, raw)
+    _prepare(partial, _fingerprint(config, key, sources))
+    with ThreadPoolExecutor(1) as thread:
+        digests = thread.submit(lambda: {name: sha256_of(path) for name, path in sorted(sources.items())})
+        index = _write(config, key, raw, partial, digests, progress)
+    _publish(partial, Path(out_root) / key)
+    return index
+
+
+def _write(
+    config: Config, key: str, raw: Path, partial: Path, digests: Future[dict[str, str]], progress: Callable[..., Any]
+) -> ShardIndex:
+    dataset, sharding = config.data.datasets[key], config.data.sharding
+    read, pictures = _READERS[dataset.reader]
+    with Intake(partial, config.keypoint_set, ground_truth=dataset.ground_truth) as intake:
+        read(dataset, raw, intake)
+    total = max(intake.num_annotations, 1)
+    jobs, lost = _plan(config, key, partial, intake)
+    intake.bad.check(total, sharding.max_bad_share, key)
+    if not jobs:
+        raise DataError(
+            f"{key}: no picture with a valid person; dropped: {dict(intake.dropped)}. Is this the right file?"
+        )
+    shards: list[ShardStats] = []
+    with progress(total=sum(len(job.samples) for job in jobs), desc=f"shard {key}", unit="image") as bar:
+        for job, stats in _run(jobs, pictures, sharding.processes):
+            shards.append(stats)
+            intake.bad.merge(stats.bad)
+            intake.dropped.update(stats.dropped)
+            intake.bad.check(total, sharding.max_bad_share, key)
+            bar.update(len(job.samples))
+    if dataset.ground_truth:
+        lost.update(image_id for shard in shards for image_id in shard.lost)
+        write_ground_truth(intake, partial / GROUND_TRUTH, lost)
+    index = _index(config, key, intake, shards, digests.result())
+    _clear(partial, shards)
+    _write_json(partial / INDEX, asdict(index))
+    return index
+
+
+def _index(config: Config, key: str, intake: Intake, shards: list[ShardStats], digests: dict[str, str]) -> ShardIndex:
+    filled = [shard for shard in shards if shard.images]
+    if not filled:
+        raise DataError(f"{key}: no picture could be read: {'; '.join(intake.bad.examples) or dict(intake.dropped)}.")
+    columns = ("name", "sha256", "bytes", "images", "persons", "detections")
+    return ShardIndex(
+        format=FORMAT,
+        dataset=key,
+        keypoints=config.keypoint_set.name,
+        num_keypoints=len(config.keypoint_set),
+        images=sum(shard.images for shard in filled),
+        persons=sum(shard.persons for shard in filled),
+        detections=sum(shard.detections for shard in filled),
+        dropped={reason: count for reason, count in sorted(intake.dropped.items()) if count},
+        sources=digests,
+        ground_truth=GROUND_TRUTH if config.data.datasets[key].ground_truth else None,
+        shards=tuple(ShardEntry(**{column: getattr(shard, column) for column in columns}) for shard in filled),
+        bad={"count": intake.bad.count, "examples": intake.bad.examples},
+        mended=dict(sorted(intake.mended.items())),
+    )
+
+
+def _plan(config: Config, key: str, partial: Path, intake: Intake) -> tuple[list[ShardJob], set[int]]:
+    """Pictures with a person or a detection, in order, in shards of equal size (within one); ids of missing ones.
+
+    For the ground truth frames without persons come along too: only their clip can tell whether they exist.
+    """
+    sharding = config.data.sharding
+    first, offsets, lengths = intake.persons_by_picture()
+    dataset = config.data.datasets[key]
+    samples: list[Sample] = []
+    peopled: list[int] = []  # those of `samples` that go into a shard
+    missing: set[int] = set()
+    for place, picture in enumerate(intake.pictures):
+        rows = slice(first[place], first[place + 1])
+        persons = tuple(zip(offsets[rows].tolist(), lengths[rows].tolist(), strict=True))
+        boxes = tuple(intake.detections.get(place, ())) if dataset.detections is not None else None
+        if not persons and not boxes and not (dataset.ground_truth and isinstance(picture.source, Frame)):
+            continue
+        if picture.source is None:
+            intake.bad.add(
+                f"image {picture.image_id}: {picture.file_name} is not in {dataset.images}",
+                max(len(persons), 1),
+            )
+            missing.add(picture.image_id)
+            continue
+        if persons or boxes:
+            peopled.append(len(samples))
+        samples.append(Sample(picture=picture, persons=persons, detections=boxes))
+    count = -(-len(peopled) // sharding.images_per_shard)
+    bounds = [0, *(peopled[len(peopled) * i // count] for i in range(1, count)), len(samples)]
+    jobs = [
+        ShardJob(
+            path=partial / f"{key}-{i:05d}.tar",
+            samples=tuple(samples[bounds[i] : bounds[i + 1]]),
+            persons_file=intake.persons_file,
+            jpeg_quality=sharding.jpeg_quality,
+            verify_images=sharding.verify_images,
+        )
+        for i in range(count)
+    ]
+    return jobs, missing
+
+
+def _run(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterator[tuple[ShardJob, ShardStats]]:
+    """Do the jobs, in as many processes; results in the order of the jobs."""
+    processes = min(processes or len(os.sched_getaffinity(0)), len(jobs))
+    if processes == 1:
+        for job in jobs:
+            yield job, _do(job, pictures)
+        return
+    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting: list[tuple[ShardJob, Future[ShardStats]]] = []
+        todo = iter(jobs)
+        try:
+            for job in todo:
+                waiting.append((job, pool.submit(_do, job, pictures)))
+                if len(waiting) >= 2 * processes:
+                    done, future = waiting.pop(0)
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+        except BrokenProcessPool as err:
+            raise DataError(
+                f"{jobs[0].path.parent}: a sharding process was killed (out of memory?). Run again: finished shards "
+                "are kept; fewer data.sharding.processes need less memory."
+            ) from err
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _do(job: ShardJob, pictures: Pictures) -> ShardStats:
+    """One shard, unless an earlier run finished it; the note beside it says so."""
+    note = job.path.with_suffix(".done")
+    if note.is_file() and job.path.is_file():
+        values = json.loads(note.read_text())
+        values["bad"], values["dropped"] = BadSamples(**values["bad"]), Counter(values["dropped"])
+        return ShardStats(**values)
+    stats = write_shard(job, pictures)
+    _write_json(note, asdict(stats))
+    return stats
+
+
+def _source_paths(dataset: DatasetConfig, raw: Path) -> dict[str, Path]:
+    specs = (dataset.images, dataset.annotations, dataset.detections, dataset.split_file)
+    names = sorted({split_spec(spec)[0] for spec in specs if spec is not None})
+    for name in names:
+        if not (raw / name).exists():
+            raise FileNotFoundError(
+                f"{raw / name}: not found. Download it (`dvc repro`), or correct it in params.yaml."
+            )
+    return {name: raw / name for name in names}
+
+
+def _fingerprint(config: Config, key: str, sources: dict[str, Path]) -> str:
+    """What must be equal for shards of an earlier, interrupted run to be kept."""
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "dataset": asdict(config.data.datasets[key]),
+        "sharding": {k: v for k, v in asdict(config.data.sharding).items() if k not in ("processes", "max_bad_share")},
+        "keypoints": dict(config.keypoint_set.annotation_fields),
+    }
+    for name, path in sources.items():
+        files = [extent.path for extent in list_members(path).values()] if path.is_dir() else [str(path)]
+        facts[f"source {name}"] = [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(partial: Path, fingerprint: str) -> None:
+    """An empty partial folder, or that of an interrupted run over the same input."""
+    plan = partial / "plan.json"
+    if not (plan.is_file() and plan.read_text() == json.dumps(fingerprint)):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        plan.write_text(json.dumps(fingerprint))
+
+
+def _clear(partial: Path, shards: list[ShardStats]) -> None:
+    """Remove everything from the partial folder that is not part of the dataset."""
+    keep = {shard.name for shard in shards if shard.images} | {GROUND_TRUTH}
+    for file in partial.iterdir():
+        if file.name not in keep:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Let the finished folder take the final name, in place of an older one."""
+    old = final.with_name(f"{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)

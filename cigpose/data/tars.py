@@ -1,0 +1,207 @@
+"""Writes one shard: a tar of `<key>.jpg` and `<key>.json`, equal bytes for equal input. Runs in worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+import orjson
+
+from cigpose.data.archives import DataError, Extent, ExtentReader
+from cigpose.data.intake import BadSamples, Picture
+from cigpose.data.jpeg import check_jpeg, is_jpeg
+from cigpose.data.persons import NO_FRAME
+
+_BLOCK = tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE
+
+Pictures = Callable[["ShardJob", ExtentReader], Iterator[tuple["Sample", "bytes | memoryview | DataError | None"]]]
+"""Pictures of a job in order: JPEG bytes, why they cannot be had, or None where there is none by rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture and where its persons lie in the spill file."""
+
+    picture: Picture
+    persons: tuple[tuple[int, int], ...]
+    """(offset, length) of each."""
+    detections: tuple[bytes, ...] | None
+    """JSON of each box; None if the dataset has no detection file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """All that one shard needs; small, and picklable."""
+
+    path: Path
+    samples: tuple[Sample, ...]
+    persons_file: Path
+    jpeg_quality: int
+    verify_images: bool
+
+
+@dataclass(slots=True)
+class ShardStats:
+    """What became of a shard."""
+
+    name: str
+    sha256: str = ""
+    bytes: int = 0
+    images: int = 0
+    persons: int = 0
+    detections: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: BadSamples = field(default_factory=BadSamples)
+    lost: list[int] = field(default_factory=list)
+    """Ids of images left out, whether by rule or because they are unreadable."""
+
+
+def write_shard(job: ShardJob, pictures: Pictures) -> ShardStats:
+    """Write the shard at `job.path`: to a temporary name first, then renamed.
+
+    Samples whose picture is unreadable are left out and counted.
+    """
+    cv2.setNumThreads(0)
+    stats = ShardStats(name=job.path.name)
+    part = job.path.with_suffix(".tar.part")
+    with ExtentReader() as reader, job.persons_file.open("rb") as persons, part.open("wb") as file:
+        tar = _TarWriter(file)
+        for sample, data in pictures(job, reader):
+            lost = max(len(sample.persons), 1)
+            if data is None:
+                stats.dropped[NO_FRAME] += len(sample.persons)
+                stats.lost.append(sample.picture.image_id)
+                continue
+            try:
+                if isinstance(data, DataError):
+                    raise data
+                data = _checked(data, sample.picture, job)
+            except DataError as err:
+                picture = sample.picture
+                stats.bad.add(f"image {picture.image_id} ({picture.file_name}): {err}", lost)
+                stats.lost.append(picture.image_id)
+                continue
+            if not sample.persons and not sample.detections:
+                continue
+            tar.add(f"{sample.picture.key}.jpg", data)
+            tar.add(f"{sample.picture.key}.json", _sample_json(sample, persons))
+            stats.images += 1
+            stats.persons += len(sample.persons)
+            stats.detections += len(sample.detections or ())
+        stats.bytes, stats.sha256 = tar.close()
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(job.path)
+    return stats
+
+
+def read_photographs(
+    job: ShardJob, reader: ExtentReader
+) -> Iterator[tuple[Sample, bytes | memoryview | DataError | None]]:
+    """Pictures that are files or members of an archive."""
+    for sample in job.samples:
+        source = sample.picture.source
+        assert isinstance(source, Extent)
+        try:
+            yield sample, reader.read(source)
+        except DataError as err:
+            yield sample, err
+
+
+def _checked(data: bytes | memoryview, picture: Picture, job: ShardJob) -> bytes | memoryview:
+    """The JPEG as it goes into the shard; other formats are encoded.
+
+    Raises:
+        DataError: it cannot be read, is cut, or has another size than the annotations say.
+    """
+    if is_jpeg(data):
+        size = check_jpeg(data)
+        if job.verify_images:
+            _decode(data)
+    else:
+        image = _decode(data)
+        size = (image.shape[1], image.shape[0])
+        data = encode_jpeg(image, job.jpeg_quality)
+    if size != (picture.width, picture.height):
+        raise DataError(
+            f"the annotations say {picture.width}x{picture.height}, the picture is {size[0]}x{size[1]} (w x h); "
+            "boxes would be clipped wrongly"
+        )
+    return data
+
+
+def _decode(data: bytes | memoryview) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise DataError(f"not a picture OpenCV can decode: {len(data)} bytes, starting with {bytes(data[:4])!r}")
+    return image
+
+
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """JPEG bytes of a (H, W, 3) BGR uint8 picture."""
+    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done
+    return data.tobytes()
+
+
+def _sample_json(sample: Sample, persons: IO[bytes]) -> bytes:
+    """Keys sorted, no blanks; persons and detections are JSON already."""
+    picture = sample.picture
+    parts: list[bytes] = []
+    if sample.detections is not None:
+        parts.append(b'"detections":[%b]' % b",".join(sample.detections))
+    parts.append(b'"file_name":%b,"height":%d' % (orjson.dumps(picture.file_name), picture.height))
+    parts.append(b'"image_id":%d' % picture.image_id)
+    people = (os.pread(persons.fileno(), length, offset) for offset, length in sample.persons)
+    parts.append(b'"persons":[%b]' % b",".join(people))
+    parts.append(b'"width":%d' % picture.width)
+    return b"{%b}" % b",".join(parts)
+
+
+class _TarWriter:
+    """Members one after another with nothing in the headers but name and size; the digest on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def add(self, name: str, data: bytes | memoryview) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        self._write(info.tobuf(tarfile.PAX_FORMAT if len(name) > 100 else tarfile.USTAR_FORMAT))
+        self._write(data)
+        self._write(bytes(-len(data) % _BLOCK))
+
+    def close(self) -> tuple[int, str]:
+        """End the archive; returns its size and sha256."""
+        self._write(bytes(2 * _BLOCK))
+        self._write(bytes(-self._size % _RECORD))
+        return self._size, self._digest.hexdigest()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+
+
+def members(path: Path) -> Iterable[tuple[str, bytes]]:
+    """Name and bytes of every member of a shard, in order."""
+    with tarfile.open(path, "r:") as tar:
+        for info in tar:
+            file: Any = tar.extractfile(info) or io.BytesIO()
+            yield info.name, file.read()

@@ -1,0 +1,31 @@
+"""Stage `shard`: `python -m pipelines.shard KEY` makes data/shards/KEY from data/raw."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cigpose.config import load_params
+from cigpose.data.shards import write_dataset
+
+RAW = Path("data/raw")
+SHARDS = Path("data/shards")
+
+
+def main() -> None:
+    """Shard the dataset named on the command line; errors are one sentence and exit code 1."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m pipelines.shard KEY, with KEY one of data.datasets in params.yaml")
+    try:
+        index = write_dataset(load_params(), sys.argv[1], RAW, SHARDS)
+    except (ValueError, OSError) as err:
+        sys.exit(f"shard: {err}")
+    dropped = ", ".join(f"{count} {reason}" for reason, count in index.dropped.items()) or "none"
+    print(
+        f"{index.dataset}: {index.persons} persons on {index.images} images in {len(index.shards)} shards; "
+        f"dropped: {dropped}; unreadable: {index.bad['count']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
