@@ -1,0 +1,38 @@
+"""CIGPose whole-body pose estimation: the paper's model, its data, training and evaluation.
+
+>>> import cigpose
+>>> config = cigpose.load_preset("cigpose-m_coco-wholebody_256x192")
+>>> model = cigpose.build_model(config)                      # model(images) -> (simcc_x, simcc_y)
+>>> model = cigpose.load_checkpoint("model.safetensors")     # ours, or an official .pth with its config
+
+Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cigpose.config import Config, load_params, load_preset, presets
+
+if TYPE_CHECKING:
+    from cigpose import codec
+    from cigpose.model.estimator import build_model
+    from cigpose.model.weights import load_checkpoint
+
+__all__ = ["Config", "build_model", "codec", "load_checkpoint", "load_params", "load_preset", "presets"]
+
+# These import torch, which takes longer than printing a preset.
+_LAZY = {"build_model": "cigpose.model.estimator", "load_checkpoint": "cigpose.model.weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "codec":
+        return importlib.import_module("cigpose.codec")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'cigpose' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY, "codec"])
