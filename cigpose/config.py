@@ -56,6 +56,8 @@ class RenderConfig:
     """Share of persons with an occluder before them."""
     spurious_context: float = 0.5
     """Probability that the context object agrees with the pose of the right arm; 0.5: no relation."""
+    context: float = 0.5
+    """Share of persons with a context object beside them."""
     hide_arm: float = 0.0
     """Share of persons whose right arm is covered, labels kept."""
     jpeg_quality: int = 92
@@ -64,7 +66,7 @@ class RenderConfig:
         _require(self.num_images > 0, f"num_images must be positive, got {self.num_images}.")
         _require(min(self.image_size) >= 64, f"image_size must be at least 64 x 64, got {self.image_size}.")
         _require(self.max_persons >= 1, f"max_persons must be 1 or more, got {self.max_persons}.")
-        for name in ("clutter", "occlusion", "spurious_context", "hide_arm"):
+        for name in ("clutter", "occlusion", "spurious_context", "context", "hide_arm"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
@@ -361,11 +363,11 @@ class TrainConfig:
     schedule: ScheduleConfig
     accumulate_steps: int = 1
     ema: EMAConfig = field(default_factory=EMAConfig)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Of autocast; weights and losses are fp32. auto: bf16 where the processor has it, else fp32."""
     channels_last: bool = True
     sync_batch_norm: bool | Literal["auto"] = "auto"
-    """Batch statistics of the backbone over all workers, as upstream: auto does so on GPUs. On CPUs it costs about half
-    as much time again, and the workers' batches are then those of one worker."""
+    """Batch statistics of the backbone over all workers, as upstream. auto: on GPUs only."""
     compile: bool = False
     validate_every_epochs: int = 10
     log_every_steps: int = 50

@@ -1,0 +1,37 @@
+"""DVC stage `render`: draw one rendered dataset.
+
+`python -m pipelines.render KEY` reads data.render[KEY] from params.yaml and writes data/raw/KEY/{images.zip,
+annotations.json}.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cigpose.config import load_params
+from cigpose.data.rendered import render_dataset
+
+RAW = Path("data/raw")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Render the dataset named on the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1:
+        raise SystemExit(f"python -m pipelines.render KEY: expected one dataset, got {arguments}.")
+    key = arguments[0]
+    try:
+        datasets = load_params().data.render
+        if key not in datasets:
+            raise ValueError(
+                f"params.yaml: data.render has no {key!r}, only {sorted(datasets)}. Add it, or name another."
+            )
+        counts = render_dataset(datasets[key], RAW / key)
+    except (ValueError, OSError) as err:
+        raise SystemExit(str(err)) from err
+    print(f"{RAW / key}: {counts['images']} images, {counts['persons']} persons")
+
+
+if __name__ == "__main__":
+    main()
