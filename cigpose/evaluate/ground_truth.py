@@ -88,8 +88,29 @@ def load_ground_truth(
     """
     if isinstance(source, GroundTruth):
         return source
-    where = "ground truth" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else _read_json(Path(source))
+    if isinstance(source, Mapping):
+        return _from_content(source, keypoint_set, area, "ground truth")
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no ground truth there. Set ground_truth: true for the dataset in params.yaml and run "
+            "`dvc repro shard`."
+        )
+    return parse_ground_truth(path.read_bytes(), keypoint_set, area=area, where=str(path))
+
+
+def parse_ground_truth(
+    text: bytes | str, keypoint_set: KeypointSet, *, area: Literal["annotation", "box"] = "annotation", where: str
+) -> GroundTruth:
+    """As `load_ground_truth`, of a file's content that was read elsewhere; `where` names it in messages."""
+    try:
+        content = json.loads(text)
+    except ValueError as err:
+        raise ValueError(f"{where}: not valid JSON ({err}). Delete it and make it again.") from err
+    return _from_content(content, keypoint_set, area, where)
+
+
+def _from_content(content: Any, keypoint_set: KeypointSet, area: str, where: str) -> GroundTruth:
     if not isinstance(content, Mapping) or not {"images", "annotations", "categories"} <= content.keys():
         raise ValueError(f"{where}: expected a COCO file with images, annotations and categories. Is it a result file?")
     category_id = _person_category(content["categories"], where)
@@ -113,18 +134,6 @@ def load_ground_truth(
     if unknown := set(truth.image_id.tolist()) - truth.images.keys():
         raise ValueError(f"{where}: annotations name image {min(unknown)}, which is not among its images.")
     return truth
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no ground truth there. Set ground_truth: true for the dataset in params.yaml and run "
-            "`dvc repro shard`."
-        )
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as err:
-        raise ValueError(f"{path}: not valid JSON ({err}). Delete it and make it again.") from err
 
 
 def _person_category(categories: Sequence[Mapping[str, Any]], where: str) -> int:

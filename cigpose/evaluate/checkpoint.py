@@ -1,0 +1,186 @@
+"""One trained model measured on one dataset, by one process or by several that each take a share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from cigpose.config import Config
+from cigpose.data.loader import eval_loader
+from cigpose.data.remote import is_remote, read_remote
+from cigpose.data.shardset import ShardSet, read_member, read_record
+from cigpose.evaluate.coco import evaluate_predictions
+from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth, parse_ground_truth
+from cigpose.evaluate.predict import predict
+from cigpose.evaluate.predictions import Predictions
+from cigpose.model.weights import load_checkpoint
+from cigpose.progress import progress
+
+Gather = Callable[[Predictions], Sequence[Predictions] | None]
+"""Brings the shares of all workers together: called by each, gives all shares on rank 0 and None elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What was measured, and what it was measured from."""
+
+    metrics: dict[str, float]
+    """`<part>/<figure>` -> value."""
+    predictions: Predictions
+    truth: GroundTruth
+    config: Config
+    """The model's own, with the dataset and the protocol of this evaluation."""
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    config: Config,
+    *,
+    shards_root: Path = Path("data/shards"),
+    dataset: str | None = None,
+    device: torch.device | str | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Gather | None = None,
+    results_path: str | Path | None = None,
+) -> Evaluation | None:
+    """Predict every person of a dataset once, and score them.
+
+    Args:
+        checkpoint: our model.safetensors, or an official .pth of `config`.
+        config: dataset and protocol (`data`, `evaluate`); network and crop are the checkpoint's own.
+        shards_root: folder of the shard folders.
+        dataset: which one; None: `config.data.val`.
+        device: None: the GPU if there is one.
+        rank: this worker, from 0.
+        world: number of workers; each predicts its share.
+        gather: needed with several workers.
+        results_path: where to write the COCO result file, if anywhere.
+
+    Returns: the evaluation on rank 0, None elsewhere.
+
+    Raises:
+        FileNotFoundError: checkpoint, shards or ground truth are missing.
+        ValueError: they do not fit each other, or a person was not predicted exactly once.
+    """
+    if world > 1 and gather is None:
+        raise ValueError(f"evaluate_checkpoint: {world} workers need a `gather` to bring their shares together.")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_checkpoint(checkpoint, None if Path(checkpoint).suffix == ".safetensors" else config)
+    config = merge_config(model.config, config, where=str(checkpoint))
+    dataset = dataset or config.data.val
+    shards = open_shards(config, dataset, shards_root)
+    shares = [predict_share(model.to(device), config, shards, shards_root, device, rank, world)]
+    if gather is not None:
+        gathered = gather(shares[0])
+        if gathered is None:
+            return None
+        shares = list(gathered)
+    predictions = Predictions.concatenate(shares)
+    refuse_incomplete(predictions, shards, config)
+    truth = dataset_truth(shards, config)
+    metrics = evaluate_predictions(predictions, truth, config.keypoint_set, config.evaluate, results_path)
+    return Evaluation(metrics=metrics, predictions=predictions, truth=truth, config=config)
+
+
+def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
+    """The model's configuration with the dataset and the protocol of another.
+
+    Raises:
+        ValueError: they mean different keypoints.
+    """
+    if model.keypoint_set.names != evaluation.keypoint_set.names:
+        raise ValueError(
+            f"{where}: predicts {len(model.keypoint_set)} keypoints ({model.keypoint_set.name}), but params.yaml asks "
+            f"for {len(evaluation.keypoint_set)} ({evaluation.keypoint_set.name}). Train again, or correct `keypoints`."
+        )
+    return dataclasses.replace(
+        model, keypoints=evaluation.keypoints, data=evaluation.data, evaluate=evaluation.evaluate
+    )
+
+
+def open_shards(config: Config, dataset: str, root: Path) -> ShardSet:
+    """The shards of one dataset, wherever they lie."""
+    return ShardSet.open(dataset, root, config.data.locations, cache=config.train.loader.cache)
+
+
+def dataset_truth(shards: ShardSet, config: Config) -> GroundTruth:
+    """The labels beside the shards of a dataset.
+
+    Raises:
+        ValueError: the dataset was sharded without ground truth.
+    """
+    if shards.index.ground_truth is None:
+        raise ValueError(
+            f"{shards.address}: has no ground truth. Set data.datasets.{shards.dataset}.ground_truth: true in "
+            "params.yaml and run `dvc repro shard`."
+        )
+    place = f"{shards.address}/{shards.index.ground_truth}"
+    if is_remote(shards.address):
+        return parse_ground_truth(read_remote(place), config.keypoint_set, area=config.evaluate.area, where=place)
+    return load_ground_truth(Path(place), config.keypoint_set, area=config.evaluate.area)
+
+
+def predict_share(
+    model: nn.Module, config: Config, shards: ShardSet, root: Path, device: torch.device, rank: int, world: int
+) -> Predictions:
+    """What the model says about this worker's share of the dataset."""
+    loader = eval_loader(config, shards.dataset, rank=rank, world=world, root=root)
+    share = _num_persons(shards, config) // world
+    with progress(total=share, desc=f"evaluate {shards.dataset}", unit="person") as bar:
+        return predict(
+            model,
+            loader,
+            config.keypoint_set,
+            device=device,
+            flip_test=config.evaluate.flip_test,
+            progress=bar.update,
+        )
+
+
+def refuse_incomplete(predictions: Predictions, shards: ShardSet, config: Config) -> None:
+    """See that every person was predicted, and none twice.
+
+    Raises:
+        ValueError: persons are missing, or came more than once.
+    """
+    expected = _num_persons(shards, config)
+    rows = np.stack([predictions.image_id, predictions.person_id], axis=1)
+    distinct = len(np.unique(rows, axis=0))
+    if len(predictions) != expected or distinct != expected:
+        raise ValueError(
+            f"{shards.address}: {len(predictions)} predictions of {distinct} different persons, the index lists "
+            f"{expected}. Run `dvc repro shard`, then evaluate again."
+        )
+
+
+def _num_persons(shards: ShardSet, config: Config) -> int:
+    return shards.index.detections if config.evaluate.boxes == "detections" else shards.index.persons
+
+
+def sample_pictures(shards: ShardSet, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Pictures spread evenly over a dataset: (image id, uint8 (H, W, 3) BGR), always the same ones.
+
+    Raises:
+        ValueError: a picture cannot be decoded.
+    """
+    total = shards.index.images
+    wanted = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
+    bounds = np.cumsum([0, *(entry.images for entry in shards.index.shards)])
+    for position in wanted:
+        number = int(np.searchsorted(bounds, position, side="right")) - 1
+        row = int(position - bounds[number])
+        table = shards.table(number)
+        record = read_record(table.path, *table.json_extents[row].tolist())
+        pixels = np.frombuffer(read_member(table.path, *table.jpeg_extents[row].tolist()), dtype=np.uint8)
+        image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
+        if image is None:
+            raise ValueError(f"{table.path}: {table.keys[row]}.jpg cannot be decoded. Run `dvc repro shard` again.")
+        yield int(record["image_id"]), image
