@@ -330,6 +330,10 @@ class LoaderConfig:
     shuffle_buffer: int = 2000
     """Persons held for shuffling."""
     prefetch_batches: int = 4
+    open_shards: int = 8
+    """Shards read side by side: pictures are drawn from all of them in random order."""
+    verify: bool = True
+    """Compare every shard's sha256 when a run opens it first."""
     cache: str | None = None
     """Folder for remote shards; null: the user's cache directory."""
     scaled_decode: bool = False

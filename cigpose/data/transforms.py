@@ -4,8 +4,8 @@ Frames: *image* is the decoded picture, mirrored if the person says so; *crop* i
 (x, y) with the centre of the first pixel at (0, 0); sizes are (width, height). K keypoints.
 
 The order is the original's: flip, half body, random box, crop, HSV, blur, median blur, dropout. The first three only
-change numbers, so a crop costs one resampling: mirroring happens inside it. Every random step is a draw from an explicit
-generator plus a function of the drawn values.
+change numbers, so a crop costs one resampling: mirroring happens inside it. Every random step is a draw from an
+explicit generator plus a function of the drawn values.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def change_hsv(crop: np.ndarray, gains: Sequence[int]) -> np.ndarray:
         crop: (H, W, 3) uint8 RGB.
         gains: changes of hue, saturation and value.
 
-    Returns: (H, W, 3) uint8 RGB. The round trip alone changes pixels slightly, also with all gains 0, as the original's.
+    Returns: (H, W, 3) uint8 RGB. As in the original, the way to HSV and back changes pixels slightly, gains 0 or not.
     """
     levels = np.arange(256)
     table = np.stack([(levels + gains[0]) % 180, levels + gains[1], levels + gains[2]], axis=-1)
@@ -326,7 +326,11 @@ class PixelAugmentation:
                 (
                     stage.dropout_prob,
                     albumentations.CoarseDropout(
-                        num_holes_range=(1, 1), hole_height_range=(low, high), hole_width_range=(low, high), fill=0, p=1.0
+                        num_holes_range=(1, 1),
+                        hole_height_range=(low, high),
+                        hole_width_range=(low, high),
+                        fill=0,
+                        p=1.0,
                     ),
                 ),
             ]
