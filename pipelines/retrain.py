@@ -51,7 +51,12 @@ _join_running_server()
 
 from prefect import Task, flow, get_run_logger, task  # noqa: E402  (reads the settings above when imported)
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact  # noqa: E402
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, State, TaskRun  # noqa: E402
+from prefect.client.schemas.objects import (  # noqa: E402
+    ConcurrencyLimitConfig,
+    ConcurrencyLimitStrategy,
+    State,
+    TaskRun,
+)
 
 from cigpose.config import Config, config_from_mapping, load_params  # noqa: E402
 from cigpose.params_file import write_params  # noqa: E402
@@ -135,7 +140,6 @@ def stage_task(stage: str) -> Task[..., None]:
         return False
 
     return task(
-        run_stage,
         name=stage,
         task_run_name=stage,
         retries=policy.retries,
@@ -143,7 +147,7 @@ def stage_task(stage: str) -> Task[..., None]:
         retry_condition_fn=may_retry,
         timeout_seconds=policy.timeout_s,
         persist_result=False,
-    )
+    )(run_stage)
 
 
 def stages(root: Path) -> list[str]:
@@ -311,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cron=options.cron,
             parameters=parameters,
             pause_on_shutdown=False,  # else stopping this process pauses the schedule for good
-            global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy="CANCEL_NEW"),
+            global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         )
         return 0
     try:

@@ -1,0 +1,209 @@
+"""Versions of a model in the MLflow registry, and which of them is the champion.
+
+Two versions are compared only where that means something: by the same metric, measured by the same protocol on the same
+people. The alias `champion` is then moved if the challenger is better by more than the margin. The newest version that
+is not the champion has the alias `challenger`. What was decided, by which numbers, is kept in the version's tags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from cigpose.config import Config
+from pipelines.lineage import digest_of
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+RUN_TAG, WEIGHTS_TAG = "cigpose.run_id", "cigpose.weights_sha256"
+DATA_TAG, PROTOCOL_TAG = "evaluation.data", "evaluation.protocol"
+
+Verdict = Literal["first", "better", "not_better", "not_comparable", "is_champion"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a version was measured to do, and how."""
+
+    metrics: Mapping[str, float]
+    """`<part>/<figure>` -> value."""
+    data: str
+    """Digest of the people it was measured on."""
+    protocol: str
+    """JSON of all that decides a figure besides the people."""
+
+    def tags(self) -> dict[str, str]:
+        """As a version keeps it."""
+        figures = {name: f"{value:.6f}" for name, value in self.metrics.items()}
+        return {DATA_TAG: self.data, PROTOCOL_TAG: self.protocol, **figures}
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> Evaluation:
+        """The evaluation that a version keeps."""
+        metrics = {}
+        for name, value in tags.items():
+            if "/" in name:
+                try:
+                    metrics[name] = float(value)
+                except ValueError:
+                    continue
+        return cls(metrics=metrics, data=tags.get(DATA_TAG, ""), protocol=tags.get(PROTOCOL_TAG, ""))
+
+
+def protocol_of(config: Config) -> str:
+    """The evaluation protocol as JSON: settings that change figures, not those that change speed."""
+    evaluate = config.to_mapping()["evaluate"]
+    settings = {name: value for name, value in evaluate.items() if name not in ("batch", "metric")}
+    keypoints = config.keypoint_set
+    table = [keypoints.names, keypoints.sigmas, {part: list(index) for part, index in keypoints.parts.items()}]
+    return json.dumps(settings | {"keypoints": keypoints.name, "keypoint_table": digest_of(table)}, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Whether a version becomes champion, and why."""
+
+    verdict: Verdict
+    text: str
+    """One sentence with both numbers."""
+    value: float
+    champion_version: int | None = None
+    champion_value: float | None = None
+
+    @property
+    def promotes(self) -> bool:
+        """Whether the alias `champion` moves."""
+        return self.verdict in ("first", "better")
+
+
+def decide(
+    version: int, evaluation: Evaluation, champion: tuple[int, Evaluation] | None, metric: str, margin: float
+) -> Decision:
+    """Compare a version with the champion.
+
+    Args:
+        version: number of the challenger.
+        evaluation: of the challenger; has `metric`.
+        champion: number and evaluation of the champion, if there is one.
+        metric: `<part>/<figure>`, higher is better.
+        margin: the challenger must be better by more than this.
+    """
+    value = evaluation.metrics[metric]
+    if champion is None:
+        text = f"version {version} is the first champion, with {metric} {value:.4f}."
+        return Decision(verdict="first", text=text, value=value)
+    number, reigning = champion
+    theirs = reigning.metrics.get(metric)
+    facts = {"value": value, "champion_version": number, "champion_value": theirs}
+    if number == version:
+        return Decision(verdict="is_champion", text=f"version {version} is the champion already.", **facts)  # type: ignore[arg-type]
+    difference = incomparable(evaluation, reigning, metric)
+    if difference:
+        text = (
+            f"version {version} ({metric} {value:.4f}) was not compared with champion {number}: {difference} "
+            f"It stays challenger; evaluate version {number} as this one was, or move the alias yourself."
+        )
+        return Decision(verdict="not_comparable", text=text, **facts)  # type: ignore[arg-type]
+    assert theirs is not None
+    needed = f"{metric} {value:.4f} against {theirs:.4f} of version {number}, margin {margin:g}"
+    if value > theirs + margin:
+        return Decision(verdict="better", text=f"version {version} is the new champion: {needed}.", **facts)  # type: ignore[arg-type]
+    return Decision(verdict="not_better", text=f"version {version} stays challenger: {needed}.", **facts)  # type: ignore[arg-type]
+
+
+def incomparable(one: Evaluation, other: Evaluation, metric: str) -> str | None:
+    """Why two evaluations cannot be compared, as a sentence about the second; None if they can."""
+    if one.data != other.data:
+        return f"it was evaluated on other people (data {other.data or 'unknown'}, here {one.data})."
+    if one.protocol != other.protocol:
+        ours, theirs = json.loads(one.protocol or "{}"), json.loads(other.protocol or "{}")
+        names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        pairs = ", ".join(f"{name} {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
+        return f"it was evaluated by another protocol ({pairs})."
+    if metric not in other.metrics:
+        return f"it has no {metric}."
+    return None
+
+
+class Registry:
+    """The versions of one registered model."""
+
+    def __init__(self, client: MlflowClient, model: str) -> None:
+        self._client, self.model = client, model
+
+    def ensure(self, description: str) -> None:
+        """Make the registered model if there is none yet."""
+        try:
+            self._client.create_registered_model(self.model, description=description)
+        except MlflowException as err:
+            if err.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def find(self, run_id: str, weights_sha256: str) -> ModelVersion | None:
+        """The version made of these weights by this run, if there is one."""
+        for version in self._client.search_model_versions(f"name = '{self.model}'"):
+            if version.tags.get(RUN_TAG) == run_id and version.tags.get(WEIGHTS_TAG) == weights_sha256:
+                return version
+        return None
+
+    def add(self, model_id: str, run_id: str, tags: Mapping[str, str], description: str) -> int:
+        """Register a logged model.
+
+        Returns: the number of the new version.
+        """
+        version = self._client.create_model_version(
+            self.model,
+            f"models:/{model_id}",
+            run_id=run_id,
+            tags=dict(tags),
+            description=description,
+            model_id=model_id,
+        )
+        return int(version.version)
+
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """The version with an alias, if there is one."""
+        try:
+            return self._client.get_model_version_by_alias(self.model, alias)
+        except MlflowException as err:
+            if err.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def settle(self, version: int, evaluation: Evaluation, metric: str, margin: float) -> Decision:
+        """Compare a version with the champion, move the aliases, and write down why."""
+        reigning = self.by_alias(CHAMPION)
+        champion = (int(reigning.version), Evaluation.from_tags(reigning.tags)) if reigning else None
+        decision = decide(version, evaluation, champion, metric, margin)
+        if decision.verdict != "is_champion":  # a champion keeps the record of how it became one
+            self.tag(version, _decision_tags(decision, metric, margin))
+        if decision.promotes:
+            self._client.set_registered_model_alias(self.model, CHAMPION, str(version))
+            challenger = self.by_alias(CHALLENGER)
+            if challenger and int(challenger.version) == version:
+                self._client.delete_registered_model_alias(self.model, CHALLENGER)
+        elif decision.verdict != "is_champion":
+            self._client.set_registered_model_alias(self.model, CHALLENGER, str(version))
+        return decision
+
+    def tag(self, version: int, tags: Mapping[str, Any]) -> None:
+        """Set tags of a version."""
+        for name, value in tags.items():
+            self._client.set_model_version_tag(self.model, str(version), name, str(value))
+
+
+def _decision_tags(decision: Decision, metric: str, margin: float) -> dict[str, str]:
+    return {
+        "decision": decision.verdict,
+        "decision.text": decision.text,
+        "decision.metric": metric,
+        "decision.margin": f"{margin:g}",
+        "decision.value": f"{decision.value:.6f}",
+        "decision.champion_version": str(decision.champion_version or "none"),
+        "decision.champion_value": "none" if decision.champion_value is None else f"{decision.champion_value:.6f}",
+    }
