@@ -196,7 +196,7 @@ class CropMaker:
         for person, matrix, crop in zip(persons, matrices, out, strict=True):
             if factor > 1:
                 matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)
-            crop[:] = crop_image(image, matrix, self.input_size, person.mirrored)
+            crop_image(image, matrix, self.input_size, person.mirrored, out=crop)
         return matrices
 
     def _rng(self, key: str) -> np.random.Generator:

@@ -184,7 +184,7 @@ class Loader:
             results = DataLoader(
                 self._maker,  # type: ignore[arg-type]
                 batch_size=None,
-                sampler=jobs,  # type: ignore[arg-type]
+                sampler=jobs,
                 num_workers=self._options.processes,
                 worker_init_fn=_start_process,
                 collate_fn=_same,

@@ -33,6 +33,7 @@ BLUR_SIZES = (3, 7)
 _FRACTION_BITS = 5
 _FRACTION_MASK = (1 << _FRACTION_BITS) - 1
 _MATRIX_BITS = 10
+_INT16 = np.iinfo(np.int16)
 _NORMAL = NormalDist()
 _NORMAL_CUT = _NORMAL.cdf(-1.0)
 
@@ -262,27 +263,41 @@ def crop_image(
 
     Returns: (height, width, C) uint8.
     """
+    whole, fraction = _source_positions(matrix, input_size, image.shape[1] if mirrored else None)
+    return cv2.remap(image, whole, fraction, cv2.INTER_LINEAR, dst=out, borderMode=cv2.BORDER_CONSTANT)
+
+
+def _source_positions(
+    matrix: np.ndarray, input_size: tuple[int, int], mirror_width: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each crop pixel is read, as `cv2.remap` wants it.
+
+    Returns: whole pixels (height, width, 2) int16, and (height, width) uint16 with the 1/32 pixels of x in the low five
+        bits and of y in the next five.
+    """
     width, height = input_size
     inverse = cv2.invertAffineTransform(matrix) * (1 << _MATRIX_BITS)
     columns, rows = np.arange(width), np.arange(height)[:, None]
     half = 1 << (_MATRIX_BITS - _FRACTION_BITS - 1)
+    whole = np.empty((height, width, 2), dtype=np.int16)
     axes = []
     for axis in range(2):
         along = np.rint(inverse[axis, 0] * columns).astype(np.int32)
         start = np.rint(inverse[axis, 1] * rows + inverse[axis, 2]).astype(np.int32) + half
-        axes.append((start + along) >> (_MATRIX_BITS - _FRACTION_BITS))
-    if mirrored:
-        np.subtract((image.shape[1] - 1) << _FRACTION_BITS, axes[0], out=axes[0])
-    whole = np.empty((height, width, 2), dtype=np.int16)
-    fraction = np.zeros((height, width), dtype=np.uint16)
-    for axis, position in enumerate(axes):
-        pixel = position >> _FRACTION_BITS
-        corners = pixel[[0, 0, -1, -1], [0, -1, 0, -1]]
-        if corners.min() < -(1 << 15) or corners.max() >= 1 << 15:
-            np.clip(pixel, -(1 << 15), (1 << 15) - 1, out=pixel)
-        whole[..., axis] = pixel
-        fraction |= ((position & _FRACTION_MASK) << (axis * _FRACTION_BITS)).astype(np.uint16)
-    return cv2.remap(image, whole, fraction, cv2.INTER_LINEAR, dst=out, borderMode=cv2.BORDER_CONSTANT)
+        position = start + along  # 1/1024 pixels, of which the last five bits do not count
+        if axis == 0 and mirror_width is not None:
+            np.bitwise_and(position, -(1 << (_MATRIX_BITS - _FRACTION_BITS)), out=position)
+            np.subtract((mirror_width - 1) << _MATRIX_BITS, position, out=position)
+        corners = position[[0, 0, -1, -1], [0, -1, 0, -1]] >> _MATRIX_BITS
+        if corners.min() < _INT16.min or corners.max() > _INT16.max:
+            np.clip(position, _INT16.min << _MATRIX_BITS, _INT16.max << _MATRIX_BITS, out=position)
+        np.right_shift(position, _MATRIX_BITS, out=whole[..., axis], casting="unsafe")
+        axes.append(position.astype(np.uint16))
+    fraction = axes[1] & np.uint16(_FRACTION_MASK << _FRACTION_BITS)
+    axes[0] >>= np.uint16(_MATRIX_BITS - _FRACTION_BITS)
+    axes[0] &= np.uint16(_FRACTION_MASK)
+    fraction |= axes[0]
+    return whole, fraction
 
 
 def draw_hsv_gains(rng: np.random.Generator, stage: AugmentationStage) -> tuple[int, int, int]:
@@ -301,11 +316,21 @@ def change_hsv(crop: np.ndarray, gains: Sequence[int]) -> np.ndarray:
 
     Returns: (H, W, 3) uint8 RGB. As in the original, the way to HSV and back changes pixels slightly, gains 0 or not.
     """
-    levels = np.arange(256)
-    table = np.stack([(levels + gains[0]) % 180, levels + gains[1], levels + gains[2]], axis=-1)
-    table = np.clip(table, 0, 255).astype(np.uint8)[None]
     hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV)
-    cv2.LUT(hsv, table, dst=hsv)
+    if gains[0]:
+        turned = ((np.arange(256) + gains[0]) % 180).astype(np.uint8)
+        cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), turned), hsv, 0)
+    flat = hsv.reshape(hsv.shape[0], -1)
+    more, less = (
+        np.tile(np.array([0, *(max(0, min(255, sign * gain)) for gain in gains[1:])], dtype=np.uint8), hsv.shape[1])
+        for sign in (1, -1)
+    )
+    if more.any():  # uint8 addition that stops at 255
+        np.minimum(flat, 255 - more, out=flat)
+        flat += more
+    if less.any():
+        np.maximum(flat, less, out=flat)
+        flat -= less
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
 
 
