@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,4 +120,7 @@ def check_content(path: Path) -> None:
         try:
             list_members(path)
         except DataError as err:
-            raise IntegrityError(str(err).removeprefix(f"{path}: ").rstrip(".")) from err
+            # What to do depends on where the file came from, and is the caller's to say.
+            raise IntegrityError(re.split(r"\. (?=[A-Z])", str(err).removeprefix(f"{path}: "))[0]) from err
+    if suffix == ".tar" and tail.strip(b"\0"):
+        raise IntegrityError("the tar is cut: the two empty blocks at its end are missing")
