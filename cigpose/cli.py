@@ -12,7 +12,7 @@ from cigpose import config as configuration
 from cigpose.params_file import write_params
 
 # Subcommands that live with the code they run; each module has `add_parser(subparsers)`.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("cigpose.data.inspect",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
