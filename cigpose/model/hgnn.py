@@ -48,9 +48,14 @@ class EdgeConv(nn.Module):
         self.conv = nn.Sequential(nn.Conv2d(2 * channels, channels, 1, bias=False), nn.BatchNorm1d(channels))
         self.register_buffer("receiver", edges[0].clone(), persistent=False)  # (E,)
         self.register_buffer("sender", edges[1].clone(), persistent=False)  # (E,)
+        self.has_edges = edges.shape[1] > 0
+        if not self.has_edges:  # e.g. the only group of a small keypoint set: nothing to learn, no statistics
+            self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C); a node without edges gets zeros."""
+        if not self.has_edges:
+            return torch.zeros_like(x)
         weight = cast(Tensor, self.conv[0].weight).flatten(1)  # (C, 2 C)
         own, difference = weight.chunk(2, dim=1)  # (C, C) each
         at_receiver = F.linear(x, own - difference)  # (B, N, C)
