@@ -60,7 +60,9 @@ def predict(
 def _predict_batch(
     model: nn.Module, batch: Mapping[str, Any], device: torch.device | str, flip_index: torch.Tensor | None
 ) -> Predictions:
-    columns = {name: np.asarray(batch[name]) for name in FIELDS if name in batch}
+    columns = {  # not the labels, which the batch calls `keypoints` too
+        name: np.asarray(batch[name]) for name in FIELDS if name in batch and not name.startswith("keypoint")
+    }
     keypoints, scores = predict_crops(model, batch["crops"].to(device, non_blocking=True), flip_index)
     height, width = batch["crops"].shape[1:3]
     image_keypoints = crop_to_image(keypoints, columns["center"], columns["scale"], (width, height))
