@@ -55,7 +55,7 @@ class EdgeConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C); a node without edges gets zeros."""
         if not self.has_edges:
-            return torch.zeros_like(x)
+            return x * 0  # part of the graph: data-parallel training wants a gradient for the layers before
         weight = cast(Tensor, self.conv[0].weight).flatten(1)  # (C, 2 C)
         own, difference = weight.chunk(2, dim=1)  # (C, C) each
         at_receiver = F.linear(x, own - difference)  # (B, N, C)
