@@ -157,10 +157,15 @@ def _opening(path: Path) -> str:
 
 
 class ExtentReader:
-    """Reads extents; keeps its archives open until `close`. One per process."""
+    """Reads extents; keeps its archives open until `close`. One per process.
+
+    What `read` returns lies in a buffer that the next call fills anew: fresh memory for each picture would cost more
+    than its checksum.
+    """
 
     def __init__(self) -> None:
         self._archives: dict[str, int] = {}
+        self._buffer = bytearray(1 << 20)
 
     def __enter__(self) -> ExtentReader:
         return self
@@ -176,7 +181,7 @@ class ExtentReader:
             os.close(self._archives.popitem()[1])
 
     def read(self, extent: Extent) -> memoryview:
-        """All bytes of a member, checked against the zip's CRC-32.
+        """All bytes of a member, checked against the zip's CRC-32; valid until the next call.
 
         Raises:
             DataError: bytes are missing, or do not match size or CRC-32.
@@ -235,13 +240,22 @@ class ExtentReader:
 
     def _stored(self, extent: Extent, length: int) -> memoryview:
         if not extent.in_zip:
-            return memoryview(os.pread(self._descriptor(extent), length, extent.offset))
+            return self._pread(extent, extent.offset, length)
         # Header and data in one read: the length of the local header is known only from itself.
-        raw = memoryview(os.pread(self._descriptor(extent), length + len(extent.name) + _HEADER_SLACK, extent.offset))
+        raw = self._pread(extent, extent.offset, length + len(extent.name) + _HEADER_SLACK)
         start = self._header_length(extent, raw)
         if start + length <= len(raw):
             return raw[start : start + length]
-        return memoryview(os.pread(self._descriptor(extent), length, extent.offset + start))
+        return self._pread(extent, extent.offset + start, length)
+
+    def _pread(self, extent: Extent, offset: int, length: int) -> memoryview:
+        if length > len(self._buffer):
+            self._buffer = bytearray(2 * length)
+        view = memoryview(self._buffer)[:length]
+        got = os.preadv(self._descriptor(extent), [view], offset)
+        while 0 < got < length and (more := os.preadv(self._descriptor(extent), [view[got:]], offset + got)):
+            got += more  # a network file system may give less than asked for
+        return view[:got]
 
     def _header_length(self, extent: Extent, raw: memoryview) -> int:
         if len(raw) < 30 or bytes(raw[:4]) != b"PK\x03\x04":

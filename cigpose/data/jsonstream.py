@@ -1,8 +1,8 @@
 """Elements of the arrays of a very large JSON file, one by one, in bounded memory.
 
 The 3 GB COCO-WholeBody file is one object with a few arrays of many small objects. NumPy finds where each of these
-begins and ends (several hundred MB/s); orjson parses it. Compared with an event parser this is an order of magnitude
-faster, keeps the original bytes at hand, and lets one damaged element be named instead of ending the file.
+begins and ends; orjson parses it. That is several times as fast as an event parser (ijson with its C backend), keeps
+the original bytes at hand, and lets one damaged element be named (NaN is not JSON) instead of ending the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KIND = np.zeros(256, np.int8)
 _KIND[[ord("{"), ord("[")]] = 1
 _KIND[[ord("}"), ord("]")]] = -1
 _KIND[ord('"')] = _QUOTE
-_IS_MARK = _KIND != 0
+_IS_MARK = (_KIND != 0).astype(np.uint8).tobytes()
 LIST = ""
 """The key under which `split_arrays` yields the elements of a file that is a list."""
 
@@ -137,7 +137,7 @@ class _Scanner:
         if b"\\" in chunk:
             chunk = chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__")
         codes = np.frombuffer(chunk, np.uint8)
-        positions = np.flatnonzero(_IS_MARK[codes])
+        positions = np.flatnonzero(np.frombuffer(chunk.translate(_IS_MARK), np.bool_))
         kinds = _KIND[codes[positions]]
         quotes = kinds == _QUOTE
         inside = (np.cumsum(quotes) + self.in_string) % 2 == 1

@@ -71,7 +71,8 @@ def person_record(
         area = max(0.53 * width * height, 1.0)
     elif not isinstance(area, (int, float)) or not math.isfinite(area):
         raise DataError(f"area is {area!r}, expected a number")
-    triples = [points[i : i + 3] for i in range(0, len(points), 3)]
+    values = iter(points)
+    triples = list(zip(values, values, values, strict=True))
     return {"area": area, "bbox_xyxy": box, "id": annotation["id"], "keypoints": triples}
 
 
@@ -107,7 +108,12 @@ def _points(annotation: Mapping[str, Any], keypoints: KeypointSet) -> list[float
                 f"{name} is missing, expected {3 * count} numbers ({count} keypoints x 3). "
                 f"Does the file have the keypoints of {keypoints.name!r} (`keypoints` in params.yaml)?"
             )
-        points += _numbers(values, 3 * count, name, f" ({count} keypoints x 3)")
+        if type(values) is not list or len(values) != 3 * count:
+            _numbers(values, 3 * count, name, f" ({count} keypoints x 3)")
+        points += values
+    if not _finite(points):
+        for name, count in keypoints.annotation_fields.items():
+            _numbers(annotation[name], 3 * count, name)
     return points
 
 
@@ -115,11 +121,14 @@ def _numbers(values: Any, count: int, name: str, note: str = "") -> list[float]:
     if not isinstance(values, list) or len(values) != count:
         found = f"has {len(values)} numbers" if isinstance(values, list) else f"is {values!r}"
         raise DataError(f"{name} {found}, expected {count}{note}")
+    if not _finite(values):
+        raise DataError(f"{name} holds NaN, infinite values, or something that is no number")
+    return values
+
+
+def _finite(values: list[Any]) -> bool:
     try:
         # The sum is finite only if every number is; one pass in C instead of a call for each.
-        finite = math.isfinite(sum(values))
+        return math.isfinite(sum(values))
     except (TypeError, OverflowError):
-        raise DataError(f"{name} holds something that is no number") from None
-    if not finite:
-        raise DataError(f"{name} holds NaN or infinite values")
-    return values
+        return False

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +25,7 @@ from cigpose.data.coco import read_coco
 from cigpose.data.crowdpose import read_crowdpose
 from cigpose.data.ground_truth import write_ground_truth
 from cigpose.data.intake import BadSamples, Frame, Intake
+from cigpose.data.manifest import MANIFEST, read_manifest
 from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs, write_shard
 from cigpose.data.ubody import read_frames, read_ubody
 from cigpose.progress import progress as show_progress
@@ -162,7 +162,7 @@ def write_dataset(
     sources = _source_paths(dataset, raw)
     _prepare(partial, _fingerprint(config, key, sources))
     with ThreadPoolExecutor(1) as thread:
-        digests = thread.submit(lambda: {name: sha256_of(path) for name, path in sorted(sources.items())})
+        digests = thread.submit(_digests, raw, sources)
         index = _write(config, key, raw, partial, digests, progress)
     _publish(partial, Path(out_root) / key)
     return index
@@ -183,9 +183,13 @@ def _write(
             f"{key}: no picture with a valid person; dropped: {dict(intake.dropped)}. Is this the right file?"
         )
     shards: list[ShardStats] = []
-    with progress(total=sum(len(job.samples) for job in jobs), desc=f"shard {key}", unit="image") as bar:
+    synced: list[Future[None]] = []
+    images = sum(len(job.samples) for job in jobs)
+    # One thread waits for the disk while the next shard is made.
+    with ThreadPoolExecutor(1) as disk, progress(total=images, desc=f"shard {key}", unit="image") as bar:
         for job, stats in _run(jobs, pictures, sharding.processes):
             shards.append(stats)
+            synced.append(disk.submit(_sync, job.path))
             intake.bad.merge(stats.bad)
             intake.dropped.update(stats.dropped)
             intake.bad.check(total, sharding.max_bad_share, key)
@@ -193,6 +197,8 @@ def _write(
     if dataset.ground_truth:
         lost.update(image_id for shard in shards for image_id in shard.lost)
         write_ground_truth(intake, partial / GROUND_TRUTH, lost)
+    for sync in synced:
+        sync.result()
     index = _index(config, key, intake, shards, digests.result())
     _clear(partial, shards)
     _write_json(partial / INDEX, asdict(index))
@@ -296,8 +302,8 @@ def _do(job: ShardJob, pictures: Pictures) -> ShardStats:
     note = job.path.with_suffix(".done")
     if note.is_file() and job.path.is_file():
         values = json.loads(note.read_text())
-        values["bad"], values["dropped"] = BadSamples(**values["bad"]), Counter(values["dropped"])
-        return ShardStats(**values)
+        if sha256_of(job.path) == values["sha256"]:
+            return ShardStats(**{**values, "bad": BadSamples(**values["bad"])})
     stats = write_shard(job, pictures)
     _write_json(note, asdict(stats))
     return stats
@@ -312,6 +318,21 @@ def _source_paths(dataset: DatasetConfig, raw: Path) -> dict[str, Path]:
                 f"{raw / name}: not found. Download it (`dvc repro`), or correct it in params.yaml."
             )
     return {name: raw / name for name in names}
+
+
+def _digests(raw: Path, sources: dict[str, Path]) -> dict[str, str]:
+    """Sha256 of each source: as recorded by the download for a file not touched since, else computed."""
+    try:
+        known = read_manifest(raw)
+    except ValueError:
+        known = {}  # somebody else's file of that name
+    recorded_at = (raw / MANIFEST).stat().st_mtime_ns if known else 0
+    digests = {}
+    for name, path in sorted(sources.items()):
+        entry, facts = known.get(name), path.stat()
+        untouched = entry is not None and facts.st_size == entry.bytes and facts.st_mtime_ns <= recorded_at
+        digests[name] = entry.sha256 if entry is not None and untouched else sha256_of(path)
+    return digests
 
 
 def _fingerprint(config: Config, key: str, sources: dict[str, Path]) -> str:
@@ -353,6 +374,11 @@ def _publish(partial: Path, final: Path) -> None:
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, values: Any) -> None:

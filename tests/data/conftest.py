@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+from cigpose.config import CausalConfig, Config, DatasetConfig, ShardingConfig, load_preset
+from cigpose.data.shards import ShardIndex, write_dataset
+from cigpose.data.tars import members
 
 
 @dataclass
@@ -126,3 +133,55 @@ def host() -> Iterator[Host]:
 def act() -> type[Act]:
     """How a host treats one request: `act(status=503)`, `act(drop_after=1000)`, ..."""
     return Act
+
+
+class Sharder:
+    """Shards one dataset, `people`, into a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "people"
+
+    def config(
+        self,
+        keypoints: str | Mapping[str, Any] = "coco_wholebody",
+        sharding: Mapping[str, Any] | None = None,
+        **dataset: Any,
+    ) -> Config:
+        base = load_preset("quickstart")
+        data = replace(
+            base.data,
+            datasets={**base.data.datasets, "people": DatasetConfig(**{"raw": ".", "reader": "coco", **dataset})},
+            sharding=ShardingConfig(**{"processes": 1, **(sharding or {})}),
+        )
+        model = replace(base.model, causal=CausalConfig(train_top_k=1))
+        return replace(base, data=data, model=model, keypoints=keypoints)
+
+    def __call__(self, raw: Path, **options: Any) -> ShardIndex:
+        return write_dataset(self.config(**options), "people", raw, self.root)
+
+    def files(self) -> dict[str, bytes]:
+        """Every member of every shard, in order."""
+        return {name: data for tar in sorted(self.folder.glob("*.tar")) for name, data in members(tar)}
+
+    def samples(self) -> dict[str, dict[str, Any]]:
+        """Key -> JSON of each sample."""
+        return {
+            name.removesuffix(".json"): json.loads(data) for name, data in self.files().items() if name[-5:] == ".json"
+        }
+
+    def persons(self) -> dict[int, dict[str, Any]]:
+        """Id -> person."""
+        return {person["id"]: person for sample in self.samples().values() for person in sample["persons"]}
+
+
+@pytest.fixture
+def sharder(tmp_path: Path) -> Sharder:
+    """Writes shards below a temporary folder."""
+    return Sharder(tmp_path / "shards")
+
+
+@pytest.fixture(scope="session")
+def mirror(shared: Path) -> Path:
+    """A few MB that look like the hosts of the datasets, good files and broken ones."""
+    return shared / "mirror"
