@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -37,9 +37,8 @@ def draw_background(rng: np.random.Generator, width: int, height: int, clutter: 
     return image, horizon
 
 
-def _color(color: Color) -> tuple[int, int, int]:
-    red, green, blue = np.clip(color, 0, 255)
-    return int(red), int(green), int(blue)
+def _color(color: Color) -> Sequence[float]:
+    return color.tolist() if isinstance(color, np.ndarray) else color
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
@@ -47,7 +46,7 @@ def _muted(rng: np.random.Generator) -> np.ndarray:
 
 
 def _quad(image: np.ndarray, points: list[tuple[float, float]], color: Color) -> None:
-    corners = np.round(np.array(points) * 16).astype(np.int32)
+    corners = np.rint(np.array(points) * 16).astype(np.int32)
     cv2.fillConvexPoly(image, corners, _color(color), cv2.LINE_AA, 4)
 
 
@@ -60,7 +59,12 @@ def _gradient(image: np.ndarray, rng: np.random.Generator, color: np.ndarray, st
     height, width = image.shape[:2]
     if height == 0:
         return
-    small = color + rng.normal(0, strength, (3, 4, 1)) + np.linspace(strength, -strength, 3)[:, None, None]
+    small = (
+        color
+        + rng.normal(0, 0.7 * strength, (3, 4, 1))
+        + rng.normal(0, 0.15 * strength, (3, 4, 3))
+        + np.linspace(strength, -strength, 3)[:, None, None]
+    )
     small = np.clip(small, 0, 255).astype(np.uint8)
     image[:] = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -70,13 +74,14 @@ def _grain(image: np.ndarray, strength: float, sigma: float) -> None:
     height, width = image.shape[:2]
     if height == 0:
         return
-    grain = np.repeat((noise_field(height, width, sigma, 3) * strength)[..., None], 3, axis=2)
+    field = noise_field(max(height, width), max(height, width), round(sigma, 1), 3)[:height, :width]
+    grain = cv2.merge([field * np.float32(strength)] * 3)
     image[:] = cv2.add(image, grain, dtype=cv2.CV_8U)
 
 
 def _room(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
     height, width = image.shape[:2]
-    wall = WALLS[int(rng.integers(len(WALLS)))] + rng.normal(0, 8, 3)
+    wall = WALLS[int(rng.integers(len(WALLS)))] + rng.normal(0, 3, 3) + rng.normal(0, 8)
     _gradient(image[:horizon], rng, wall, 14)
     kind = rng.random()
     if kind < 0.2:
@@ -106,7 +111,7 @@ def _room(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
 
 def _outdoors(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
     height, width = image.shape[:2]
-    top = np.array([(126, 164, 200), (170, 190, 206), (196, 200, 204), (214, 190, 170)][int(rng.integers(4))], float)
+    top = np.array([(126, 164, 200), (170, 190, 206), (196, 200, 204), (206, 194, 184)][int(rng.integers(4))], float)
     pale = 0.5 * top + 118
     column = top + (pale - top) * np.linspace(0, 1, max(horizon, 1))[:, None]
     image[:horizon] = column[:horizon, None].astype(np.uint8)

@@ -64,6 +64,15 @@ TEMPLATE = _template()
 _EXTRA = np.concatenate([np.array(_BEHIND), np.array(_CHEEKS), _mirror(np.array(_CHEEKS))])
 
 
+def _strands() -> np.ndarray:
+    """(14, 9, 3) unit vectors: arcs from the forehead over the crown to the nape."""
+    arc, tilt = np.meshgrid(np.linspace(-1.4, 1.4, 9), np.linspace(-2.4, 2.4, 14))
+    return np.stack([np.sin(tilt) * np.cos(arc), -np.cos(tilt) * np.cos(arc), np.sin(arc)], axis=2)
+
+
+_STRANDS = _strands()
+
+
 @dataclass(frozen=True)
 class Face:
     """One person's face at one moment, head frame."""
@@ -141,15 +150,16 @@ class HeadPainter:
         """Skull, ears, face, hair."""
         reach = {"afro": 1.75, "beanie": 1.5}.get(self.looks.hair_style, 1.45)
         around = self.origin[:2] + np.array([[-reach, -reach - 0.25], [reach, 1.7]]) * self.unit
-        self.patch = Patch(self.canvas, around, 0.1 * self.unit, self.looks.skin, 190.0)
+        self.patch = Patch(self.canvas, around, 0.1 * self.unit, self.looks.skin, 130.0)
         if self.patch.box is None:
             return
         self._surface()
         facing = self.frame[2, 2]
+        self._hair_at_the_back()
         self._ears(far=True)
         hull = np.concatenate([self.face.landmarks[:27], (_EXTRA * self.face.shape)])
         outline = np.concatenate([self.project(hull)[:, :2], self._cranium_outline(1.0)])
-        self.patch.polygon(_hull(outline), self.looks.skin, solid=True, convex=True)
+        self.patch.polygon(convex_hull(outline), self.looks.skin, solid=True, convex=True)
         if facing > -0.3:
             self._features()
         self._hair()
@@ -158,7 +168,7 @@ class HeadPainter:
         self.patch.compose(self.canvas, self.depth, self.shade)
 
     def _skin(self, factor: float) -> np.ndarray:
-        return np.clip(self.looks.skin * factor, 0, 255)
+        return self.looks.skin * factor
 
     def _px(self, *indices: int) -> np.ndarray:
         return self.points[list(indices), :2]
@@ -181,7 +191,7 @@ class HeadPainter:
         ys = (np.arange(grid[1]) + 0.5) * (size[1] / grid[1]) - 0.5 + top - self.origin[1]
         u, v = np.meshgrid(xs / self.unit, ys / self.unit)
         whole = (np.array([0, 0.12, -0.02]), np.array([1.03, 1.5, 1.12]))
-        surface, normal, _ = self._cast(u, v, *whole)
+        surface, normal, _, _ = self._cast(u, v, *whole)
         light = self.canvas.light
         lit = 0.5 + 0.5 * np.einsum("chw,c->hw", normal, light.direction)
         shade = (light.ambient + light.diffuse * lit**2) * (0.8 + 0.2 * np.clip(-normal[2], 0, 1))
@@ -190,25 +200,34 @@ class HeadPainter:
         self.depth = cv2.resize(depth, size, interpolation=cv2.INTER_LINEAR)
         swell = {"afro": 1.5, "beanie": 1.13, "crop": 1.03}.get(self.looks.hair_style, 1.1)
         self.swell = swell
-        head, _, hit = self._cast(u, v, CRANIUM_CENTER * self.face.shape, CRANIUM_RADII * self.face.shape * swell)
-        hair = np.where(hit, self._hair_field(np.einsum("dc,dhw->chw", self.frame, head)), -0.5)
+        head, _, hit, middle = self._cast(
+            u, v, CRANIUM_CENTER * self.face.shape, CRANIUM_RADII * self.face.shape * swell
+        )
+        near = np.minimum(self._hair_field(np.einsum("dc,dhw->chw", self.frame, head)), hit)
+        head[2] = 2 * middle - head[2]
+        far = np.minimum(self._hair_field(np.einsum("dc,dhw->chw", self.frame, head)), hit)
         full = (self.patch.color.shape[1], self.patch.color.shape[0])
-        self.hair_mask = cv2.resize(hair.astype(np.float32), full, interpolation=cv2.INTER_LINEAR) > 0
+        grown = cv2.resize(np.dstack([near, far]).astype(np.float32), full, interpolation=cv2.INTER_LINEAR)
+        self.hair_mask, self.hair_behind = (cv2.compare(field, 0.0, cv2.CMP_GT) for field in cv2.split(grown))
 
     def _cast(
         self, u: np.ndarray, v: np.ndarray, center: np.ndarray, radii: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Nearest points (3, h, w) and normals of an ellipsoid under parallel rays, camera axes; and which rays hit."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Nearest points (3, h, w) and normals of an ellipsoid under parallel rays, camera axes.
+
+        Also by how much a ray hits, negative where it misses, and the depth halfway through the ellipsoid, (h, w).
+        """
         cx, cy, cz = self.frame @ center
         x, y = u - cx, v - cy
         m = (self.frame / radii**2) @ self.frame.T
         b = m[0, 2] * x + m[1, 2] * y
         c = m[0, 0] * x * x + 2 * m[0, 1] * x * y + m[1, 1] * y * y - 1
         square = b * b - m[2, 2] * c
-        z = (-b - np.sqrt(np.maximum(square, 0))) / m[2, 2]
+        middle = -b / m[2, 2]
+        z = middle - np.sqrt(np.maximum(square, 0)) / m[2, 2]
         normal = np.einsum("dc,chw->dhw", m, np.stack([x, y, z]))
         normal /= np.sqrt((normal**2).sum(axis=0)) + 1e-9
-        return np.stack([x + cx, y + cy, z + cz]), normal, square > 0
+        return np.stack([x + cx, y + cy, z + cz]), normal, square, middle + cz
 
     def _hair_field(self, head: np.ndarray) -> np.ndarray:
         """Positive where hair grows, for head coordinates (3, h, w)."""
@@ -240,7 +259,7 @@ class HeadPainter:
         brow = self.looks.hair * 0.75 + self.looks.skin * 0.12
         for seen, first in ((right, 17), (left, 22)):
             if seen:
-                patch.line(p(*range(first, first + 5)), brow, 0.085 * unit)
+                patch.line(p(*range(first, first + 5)), brow, 0.07 * unit)
         self._nose()
         self._mouth()
         if self.looks.glasses and self.frame[2, 2] > 0.3:
@@ -254,22 +273,19 @@ class HeadPainter:
         patch.polygon(ring, (244, 242, 240))
         gaze = np.array(self.face.gaze) * (np.ptp(ring[:, 0]), np.ptp(ring[:, 1]))
         height = max(np.ptp(ring[:, 1]), 0.12 * unit)
-        white = patch.color.copy() if False else None
-        del white
         iris = center + gaze - (0, 0.02 * unit)
         radius = min(0.5 * height * 1.12, 0.14 * unit)
         patch.disc(iris, radius, self.looks.iris)
         patch.disc(iris, radius * 0.55, (18, 14, 14))
         patch.disc(iris - (0.035 * unit, 0.04 * unit), 0.025 * unit, (250, 250, 250))
-        upper = ring[:4] if first == 36 else ring[[0, 1, 2, 3]]
-        patch.line(upper, (38, 28, 26), 0.05 * unit)
+        patch.line(ring[:4], (38, 28, 26), 0.05 * unit)
         patch.line(ring[[3, 4, 5, 0]], self._skin(0.66), 0.025 * unit)
 
     def _nose(self) -> None:
         patch, unit, p = self.patch, self.unit, self._px
         turn = self.frame[2, 0]
         # The nose stands out of the face's outline when seen from the side.
-        patch.polygon(_hull(p(27, 28, 29, 30, 31, 33, 35)), self._skin(0.985), solid=True, convex=True)
+        patch.polygon(convex_hull(p(27, 28, 29, 30, 31, 33, 35)), self._skin(0.985), solid=True, convex=True)
         shaded = 31 if (turn if abs(turn) > 0.15 else -self.canvas.light.direction[0]) < 0 else 35
         patch.polygon(p(27, 28, 29, 30, shaded), self._skin(0.9))
         patch.line(p(31, 32, 33, 34, 35), self._skin(0.66), 0.04 * unit)
@@ -285,7 +301,7 @@ class HeadPainter:
         patch.polygon(p(48, 49, 50, 51, 52, 53, 54, 64, 63, 62, 61, 60), self.looks.lips * 0.86, solid=True)
         inner = p(*range(60, 68))
         gap = float(np.linalg.norm(self.points[62, :2] - self.points[66, :2]))
-        if gap > 0.05 * unit:
+        if gap > 0.05 * unit and abs(self.frame[2, 0]) < 0.8:
             patch.polygon(inner, (66, 24, 26))
             teeth = np.concatenate([p(60, 61, 62, 63, 64), 0.55 * p(63, 62, 61) + 0.45 * p(65, 66, 67)])
             patch.polygon(teeth, (236, 232, 224))
@@ -309,28 +325,34 @@ class HeadPainter:
             self.patch.line(np.concatenate([r := _circle(center, 0.29 * unit), r[:1]]), dark, 0.035 * unit)
         self.patch.line(self._px(39, 42) - (0, 0.03 * unit), dark, 0.035 * unit)
 
+    def _hair_at_the_back(self) -> None:
+        """The hair seen past the head."""
+        if self.looks.hair_style == "bald":
+            return
+        color = (self.looks.hat if self.looks.hair_style == "beanie" else self.looks.hair) * 0.8
+        behind = np.empty_like(self.patch.color)
+        cv2.rectangle(behind, (0, 0), behind.shape[1::-1], color.tolist(), -1)
+        cv2.copyTo(behind, self.hair_behind, self.patch.color)
+        cv2.bitwise_or(self.patch.alpha, self.hair_behind, self.patch.alpha)
+
     def _hair(self) -> None:
         style, patch = self.looks.hair_style, self.patch
         if style == "bald":
             return
         color = self.looks.hat if style == "beanie" else self.looks.hair
-        solid = np.clip(color, 0, 255).astype(np.uint8)
-        patch.color[self.hair_mask] = solid
-        patch.alpha[self.hair_mask] = 255
         # Strands, or the knit of a cap: arcs over the crown, kept inside the hair.
-        strands = patch.color.copy()
-        painter = patch.color
+        behind, strands = patch.color, np.empty_like(patch.color)
+        cv2.rectangle(strands, (0, 0), strands.shape[1::-1], color.tolist(), -1)
         patch.color = strands
-        crown = CRANIUM_CENTER * self.face.shape
-        radii = CRANIUM_RADII * self.face.shape * self.swell
-        arc = np.linspace(-1.4, 1.4, 9)
-        for i, tilt in enumerate(np.linspace(-2.4, 2.4, 14)):
-            ring = np.stack(
-                [np.sin(tilt + 0 * arc) * np.cos(arc), -np.cos(tilt + 0 * arc) * np.cos(arc), np.sin(arc)], axis=1
-            )
-            patch.line(self.project(crown + ring * radii)[:, :2], color * (0.84, 1.14)[i % 2], 0.06 * self.unit)
-        patch.color = painter
-        np.copyto(patch.color, strands, where=self.hair_mask[:, :, None])
+        crown, radii = CRANIUM_CENTER * self.face.shape, CRANIUM_RADII * self.face.shape * self.swell
+        lines = self.project((crown + _STRANDS * radii).reshape(-1, 3)).reshape(_STRANDS.shape)
+        for parity, tone in ((0, 0.85), (1, 1.13)):
+            strokes = np.stack([lines[parity::2, :-1], lines[parity::2, 1:]], axis=2).reshape(-1, 2, 3)
+            near = strokes[:, :, 2].mean(axis=1) < self.project(crown[None])[0, 2]
+            patch.line(strokes[near, :, :2], color * tone, 0.055 * self.unit)
+        patch.color = behind
+        cv2.copyTo(strands, self.hair_mask, behind)
+        cv2.bitwise_or(patch.alpha, self.hair_mask, patch.alpha)
 
     def _ears(self, *, far: bool) -> None:
         covered = self.looks.hair_style in ("long", "afro")
@@ -368,7 +390,8 @@ def eye_points(face: Face) -> np.ndarray:
     return np.stack([face.landmarks[42:48].mean(axis=0), face.landmarks[36:42].mean(axis=0)])
 
 
-def _hull(points: np.ndarray) -> np.ndarray:
+def convex_hull(points: np.ndarray) -> np.ndarray:
+    """Corners of the convex hull of points (N, 2)."""
     return cv2.convexHull(points.astype(np.float32))[:, 0].astype(np.float64)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from cigpose.data.rendered.appearance import draw
 from cigpose.data.rendered.paint import Canvas, Patch
 
 KNUCKLES = np.array([[0.5, 0.17], [0.53, 0.045], [0.5, -0.08], [0.44, -0.195]])
@@ -34,7 +35,7 @@ class Hand:
 
 def sample_hand(rng: np.random.Generator) -> Hand:
     """A random gesture: open, relaxed, fist, pointing, victory, thumb up, or holding."""
-    kind = rng.choice(7, p=(0.36, 0.32, 0.08, 0.08, 0.05, 0.04, 0.07))
+    kind = draw(rng, (0.36, 0.32, 0.08, 0.08, 0.05, 0.04, 0.07))
     bend = np.full(4, (0.06, 0.38, 1.35, 1.35, 1.35, 1.4, 0.65)[kind])
     bend = bend + (0.0, 0.04, 0.09, 0.15) * (np.full(4, 1.0) if kind == 1 else np.zeros(4))
     if kind in (3, 4):
@@ -113,7 +114,7 @@ def paint_hand(canvas: Canvas, points: np.ndarray, size: float, skin: np.ndarray
         skin: (3,) colour.
         palm_seen: the palm, not the back, is turned to the camera.
     """
-    patch = Patch(canvas, points[:, :2], 0.12 * size, skin, 130.0)
+    patch = Patch(canvas, points[:, :2], 0.12 * size, skin, 100.0)
     if patch.box is None:
         return
     outline = palm_outline(points, size)
@@ -124,46 +125,26 @@ def paint_hand(canvas: Canvas, points: np.ndarray, size: float, skin: np.ndarray
     for _, finger in sorted(parts, reverse=True):
         if finger < 0:
             center = outline.mean(axis=0)
-            patch.polygon(center + (outline - center) * 1.05, skin * 0.66, solid=True, convex=True)
+            patch.polygon(center + (outline - center) * 1.05, skin * 0.7, solid=True, convex=True)
             patch.polygon(outline, tint * 0.96, solid=True, convex=True)
             patch.polygon(center + (outline - center) * 0.7, tint, convex=True)
+            # The wrist runs on into the forearm without a rim.
+            back = points[0, :2] - center
+            back = back / (np.sqrt(back @ back) + 1e-6)
+            patch.line(points[0, :2] + np.outer((-0.1 * size, 0.05 * size), back), tint * 0.96, 0.25 * size)
         else:
             _paint_finger(patch, points[finger * 4 + 1 : finger * 4 + 5], WIDTHS[finger] * size, edge, tint, palm_seen)
     depth = float(points[:, 2].mean()) - 0.25 * size
-    normal = np.array([0.0, 0.0, -1.0])
-    tone = canvas.light.tone(normal)
-    shape = (patch.box[3] - patch.box[1], patch.box[2] - patch.box[0])
-    patch.compose(canvas, depth, np.full(shape, tone, np.float32))
+    patch.compose(canvas, depth, canvas.light.tone(np.array([0.0, 0.0, -1.0])))
 
 
 def _paint_finger(
     patch: Patch, joints: np.ndarray, width: float, edge: float, tint: np.ndarray, palm_seen: bool
 ) -> None:
-    """One finger from its four joints (4, 3): a dark rim, the finger, a lit ridge, and the nail or the creases."""
+    """One finger from its four joints (4, 3): a dark rim, the finger, a lit ridge, the nail."""
     line = joints[:, :2]
-    radii = width * np.array([0.5, 0.49, 0.45, 0.4])
-    _tube(patch, line, radii + edge, tint * 0.6)
-    _tube(patch, line, radii, tint)
-    _tube(patch, line - (0.12 * width, 0.12 * width), radii * 0.45, tint * 1.07)
-    if palm_seen:
-        for joint in (1, 2):
-            patch.disc(line[joint], 0.12 * width, tint * 0.8)
-    else:
-        patch.disc(line[3] - 0.1 * (line[3] - line[2]), 0.24 * width, tint * 1.14 + 8)
-
-
-def _tube(patch: Patch, line: np.ndarray, radii: np.ndarray, color: np.ndarray) -> None:
-    """Discs at the joints and the quadrilaterals between them."""
-    for i in range(4):
-        patch.disc(line[i], float(radii[i]), color, solid=True)
-    for i in range(3):
-        a, b = line[i], line[i + 1]
-        step = b - a
-        length = np.sqrt(step @ step)
-        if length < 1e-3:
-            continue
-        across = np.array([-step[1], step[0]]) / length
-        quad = np.array(
-            [a + across * radii[i], b + across * radii[i + 1], b - across * radii[i + 1], a - across * radii[i]]
-        )
-        patch.polygon(quad, color, solid=True, convex=True)
+    patch.line(line, tint * 0.66, width + 2 * edge, solid=True)
+    patch.line(line, tint, width)
+    patch.line(line - 0.12 * width, tint * 1.07, 0.45 * width)
+    if not palm_seen:
+        patch.disc(line[3] - 0.1 * (line[3] - line[2]), 0.26 * width, tint * 1.12 + 10)

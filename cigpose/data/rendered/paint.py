@@ -7,6 +7,7 @@ pixels too, growing away from the viewer. The canvas is planar, (3, H, W) float3
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class Canvas:
     def __init__(self, background: np.ndarray, light: Light) -> None:
         """Start from `background`, (H, W, 3) uint8 RGB."""
         self.height, self.width = background.shape[:2]
-        self.color = np.ascontiguousarray(background.transpose(2, 0, 1), dtype=np.float32)
+        self.color = np.stack(cv2.split(background)).astype(np.float32)
         self.light = light
         self.depth = np.full((self.height, self.width), FAR, np.float32)
         self.cover = np.zeros((self.height, self.width), np.float32)
@@ -66,13 +67,20 @@ class Canvas:
         right, bottom = min(int(np.ceil(x1)) + 2, self.width), min(int(np.ceil(y1)) + 2, self.height)
         return (left, top, right, bottom) if left < right and top < bottom else None
 
-    def blend(self, box: tuple[int, int, int, int], color: np.ndarray, alpha: np.ndarray, depth: np.ndarray) -> None:
-        """Lay (3, h, w) `color` over the box where it is nearer, softly over one and a half pixels of depth."""
+    def blend(
+        self,
+        box: tuple[int, int, int, int],
+        color: np.ndarray,
+        alpha: np.ndarray,
+        depth: np.ndarray,
+        softness: float = 1.5,
+    ) -> None:
+        """Lay (3, h, w) `color` over the box where it is nearer, fading over `softness` pixels of depth."""
         left, top, right, bottom = box
         behind = self.depth[top:bottom, left:right]
-        weight = (behind - depth) * np.float32(0.7)
+        weight = (behind - depth) * np.float32(1 / softness)
         weight += np.float32(0.5)
-        np.clip(weight, 0, 1, out=weight)
+        np.minimum(np.maximum(weight, 0, out=weight), 1, out=weight)
         weight *= alpha
         target = self.color[:, top:bottom, left:right]
         color -= target
@@ -89,25 +97,28 @@ class Canvas:
         radius: np.ndarray,
         color: np.ndarray,
         *,
-        bulge: float | np.ndarray = 1.0,
+        bulge: np.ndarray | None = None,
+        caps: tuple[float, float] = (1.0, 1.0),
+        smooth: bool = False,
         fold: float = 0.0,
         fold_seed: int = 0,
         panel: Panel | None = None,
     ) -> None:
-        """A shaded solid of round cross-section along a straight axis, with round ends.
+        """A shaded solid of round cross-section along a straight axis.
 
         Args:
             start: (3,) x, y, depth of one end.
             end: (3,) of the other.
             radius: (N,) radii in pixels from start to end.
             color: (3, N) colours from start to end, or (3, 1).
-            bulge: depth of the cross-section over its radius: a number or (N,).
+            bulge: (N,) depth of the cross-section over its radius; None for circles.
+            caps: how much flatter than a hemisphere the two ends are.
+            smooth: radii change gradually everywhere (no cuffs), also where they change fast.
             fold: strength of creases, 0 for smooth skin.
             fold_seed: which creases.
             panel: a differently coloured strip along the axis (open jacket, tie).
         """
-        ax, ay, az = (float(v) for v in start)
-        bx, by, bz = (float(v) for v in end)
+        (ax, ay, az), (bx, by, bz) = start.tolist(), end.tolist()
         reach = float(radius.max())
         box = self.clip_box(min(ax, bx) - reach, min(ay, by) - reach, max(ax, bx) + reach, max(ay, by) + reach)
         if box is None:
@@ -115,55 +126,83 @@ class Canvas:
         left, top, right, bottom = box
         length = max(float(np.hypot(bx - ax, by - ay)), 1e-3)
         ux, uy = (bx - ax) / length, (by - ay) / length
-        xs = np.arange(left, right, dtype=np.float32) - np.float32(ax)
-        ys = (np.arange(top, bottom, dtype=np.float32) - np.float32(ay))[:, None]
+        xs = np.arange(left - ax, right - ax - 1e-6, dtype=np.float32)
+        ys = np.arange(top - ay, bottom - ay - 1e-6, dtype=np.float32)[:, None]
         along = xs * np.float32(ux) + ys * np.float32(uy)
         across = xs * np.float32(-uy) + ys * np.float32(ux)
-        clipped = np.clip(along, 0, np.float32(length))
+        clipped = np.minimum(np.maximum(along, np.float32(0)), np.float32(length))
         along -= clipped
+        if caps != (1.0, 1.0):
+            along *= np.where(along < 0, np.float32(caps[0]), np.float32(caps[1]))
         steps = len(radius)
-        index = (clipped * np.float32((steps - 1) / length) + np.float32(0.5)).astype(np.intp)
-        size = radius.astype(np.float32)[index]
-        squared = across * across
-        squared += along * along
-        alpha = size - np.sqrt(squared)
+        place = clipped * np.float32((steps - 1) / length)
+        index = (place + np.float32(0.5)).astype(np.intp)
+        size = np.take(radius.astype(np.float32), index)
+        distance = across * across
+        distance += along * along
+        np.sqrt(distance, out=distance)
+        # Where the outline runs at an angle to the axis, its edge is nearer than measured across it.
+        slope = np.empty(steps)
+        np.subtract(radius[1:], radius[:-1], out=slope[1:])
+        slope[0] = 0
+        if smooth:
+            size += (place - index) * np.take(slope.astype(np.float32), index)
+        slope *= (steps - 1) / length
+        alpha = size - distance
+        alpha *= np.take((1 / np.sqrt(1 + np.minimum(slope * slope, 9))).astype(np.float32), index)
         alpha += np.float32(0.5)
-        np.clip(alpha, 0, 1, out=alpha)
-        inverse = 1 / size
-        toward = 1 - squared * inverse * inverse
-        np.maximum(toward, 0, out=toward)
-        np.sqrt(toward, out=toward)
-        lift = (
-            size
-            if isinstance(bulge, float) and bulge == 1.0
-            else size * (np.float32(bulge) if isinstance(bulge, float) else np.asarray(bulge, np.float32)[index])
-        )
-        depth = clipped * np.float32((bz - az) / length) + np.float32(az) - toward * lift
+        np.minimum(np.maximum(alpha, 0, out=alpha), 1, out=alpha)
+        inverse = np.float32(1) / size
+        toward = distance
+        toward *= inverse
+        toward *= toward
+        np.subtract(np.float32(1), toward, out=toward)
+        np.sqrt(np.maximum(toward, 0, out=toward), out=toward)
+        depth = toward * (size if bulge is None else np.take((radius * bulge).astype(np.float32), index))
+        np.subtract(clipped * np.float32((bz - az) / length) + np.float32(az), depth, out=depth)
+        across *= inverse
+        along *= inverse
+        shade = self._shade(box, (ux, uy), across, along, toward, fold, fold_seed)
+        if color.shape[1] == 1:
+            painted = shade * color.astype(np.float32)[:, :, None]
+        else:
+            painted = np.take(color.astype(np.float32), index, axis=1)
+            painted *= shade
+        if panel is not None:
+            panel.paint(painted, across, toward, index / np.float32(steps - 1), shade)
+        self.blend(box, painted, alpha, depth, 1.0 + 0.07 * reach)
+
+    def _shade(
+        self,
+        box: tuple[int, int, int, int],
+        axis: tuple[float, float],
+        across: np.ndarray,
+        along: np.ndarray,
+        toward: np.ndarray,
+        fold: float,
+        fold_seed: int,
+    ) -> np.ndarray:
+        """Brightness (h, w) of a surface whose normal is `across` and `along` an axis and `toward` the viewer."""
+        left, top, right, bottom = box
+        ux, uy = axis
         lx, ly, lz = self.light.direction
-        side = across * inverse
-        shade = side * np.float32(-uy * lx + ux * ly)
-        shade += along * inverse * np.float32(ux * lx + uy * ly)
-        shade -= toward * np.float32(lz)
+        shade = across * np.float32(0.5 * (ux * ly - uy * lx))
+        shade += along * np.float32(0.5 * (ux * lx + uy * ly))
+        shade -= toward * np.float32(0.5 * lz)
         if fold:
-            crease = noise_field(self.height + 256, self.width + 256, 2.2, 7)
+            crease = noise_field(self.height + 256, self.width + 256, 3.2, 7)
             oy, ox = (fold_seed * 37) % 255, (fold_seed * 91) % 255
-            shade += crease[top + oy : bottom + oy, left + ox : right + ox] * np.float32(fold)
-        shade *= np.float32(0.5)
+            shade += crease[top + oy : bottom + oy, left + ox : right + ox] * np.float32(0.5 * fold)
         shade += np.float32(0.5)
         shade *= shade
         shade *= np.float32(self.light.diffuse)
         shade += np.float32(self.light.ambient)
-        shade *= np.float32(0.72) + np.float32(0.28) * toward
-        colors = color.astype(np.float32)
-        painted = np.repeat(shade[None], 3, axis=0)
-        painted *= colors[:, :, None] if colors.shape[1] == 1 else np.take(colors, index, axis=1)
-        if panel is not None:
-            panel.paint(painted, side, toward, index / np.float32(steps - 1), shade)
-        self.blend(box, painted, alpha, depth)
+        shade *= np.float32(0.8) + np.float32(0.2) * toward
+        return shade
 
     def picture(self) -> np.ndarray:
         """(H, W, 3) uint8 RGB."""
-        return np.ascontiguousarray(np.clip(self.color, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+        return cv2.merge([cv2.convertScaleAbs(np.maximum(plane, 0)) for plane in self.color])
 
 
 @dataclass(frozen=True)
@@ -180,6 +219,8 @@ class Panel:
     """The body's lateral axis in (across, towards the viewer) components."""
     front: tuple[float, float]
     """The body's forward axis in the same."""
+    sharpness: float
+    """Half width of the body in pixels: the strip's edge is one pixel soft."""
 
     def paint(
         self, color: np.ndarray, across: np.ndarray, toward: np.ndarray, along: np.ndarray, shade: np.ndarray
@@ -188,9 +229,9 @@ class Panel:
         sideways = np.abs(across * np.float32(self.lateral[0]) + toward * np.float32(self.lateral[1]))
         ahead = across * np.float32(self.front[0]) + toward * np.float32(self.front[1])
         taper = self.half_width * (0.35 + 0.65 * (along - self.span[0]) / (self.span[1] - self.span[0]))
-        inside = (sideways < taper) & (ahead > 0) & (along > self.span[0]) & (along < self.span[1])
-        for channel in range(3):
-            np.copyto(color[channel], shade * np.float32(self.color[channel]), where=inside)
+        inside = np.clip((taper - sideways) * np.float32(self.sharpness) + np.float32(0.5), 0, 1)
+        inside *= (ahead > 0) & (along > self.span[0]) & (along < self.span[1])
+        color += inside * (shade * self.color.astype(np.float32)[:, None, None] - color)
 
 
 class Patch:
@@ -198,35 +239,36 @@ class Patch:
 
     def __init__(self, canvas: Canvas, points: np.ndarray, margin: float, fill: Color, detail: float) -> None:
         """Cover `points` (N, 2) with `margin` pixels around; `detail`: supersampled size of the larger side."""
-        low, high = points.min(axis=0) - margin, points.max(axis=0) + margin
+        low, high = (points.min(axis=0) - margin).tolist(), (points.max(axis=0) + margin).tolist()
         self.box = canvas.clip_box(low[0], low[1], high[0], high[1])
         if self.box is None:
             return
         left, top, right, bottom = self.box
-        self.scale = int(np.clip(np.ceil(detail / max(high - low)), 2, 8))
+        self.scale = min(max(math.ceil(detail / max(high[0] - low[0], high[1] - low[1])), 2), 8)
         shape = ((bottom - top) * self.scale, (right - left) * self.scale)
         self.color = np.empty((*shape, 3), np.uint8)
-        self.color[:] = np.clip(fill, 0, 255)
+        cv2.rectangle(self.color, (0, 0), (shape[1], shape[0]), _scalar(fill), -1)
         self.alpha = np.zeros(shape, np.uint8)
         self.shift = np.array([left, top], np.float64) - 0.5
 
     def to_patch(self, points: np.ndarray) -> np.ndarray:
         """(N, 2) image pixels to int32 patch coordinates with 4 fractional bits."""
-        return np.round(((points - self.shift) * self.scale - 0.5) * 16).astype(np.int32)
+        step = 16 * self.scale
+        return np.rint(points * step - (self.shift * step + 8)).astype(np.int32)
 
     def polygon(self, points: np.ndarray, color: Color, *, solid: bool = False, convex: bool = False) -> None:
         """Fill a polygon (N, 2); `solid` polygons belong to the outline of the patch, others only tint it."""
         corners = self.to_patch(points)
         fill = cv2.fillConvexPoly if convex else _fill_polygon
-        fill(self.color, corners, _bgr(color), lineType=cv2.LINE_8, shift=4)
+        fill(self.color, corners, _scalar(color), lineType=cv2.LINE_8, shift=4)
         if solid:
             fill(self.alpha, corners, 255, lineType=cv2.LINE_8, shift=4)
 
     def line(self, points: np.ndarray, color: Color, width: float, *, solid: bool = False) -> None:
-        """A polyline (N, 2) of a width in image pixels."""
-        corners = [self.to_patch(points)]
+        """A polyline (N, 2), or several (M, N, 2), of a width in image pixels."""
+        corners = list(self.to_patch(points)) if points.ndim == 3 else [self.to_patch(points)]
         thickness = max(round(width * self.scale), 1)
-        cv2.polylines(self.color, corners, False, _bgr(color), thickness, cv2.LINE_8, 4)
+        cv2.polylines(self.color, corners, False, _scalar(color), thickness, cv2.LINE_8, 4)
         if solid:
             cv2.polylines(self.alpha, corners, False, 255, thickness, cv2.LINE_8, 4)
 
@@ -234,12 +276,12 @@ class Patch:
         """A filled circle, radius in image pixels."""
         x, y = (int(v) for v in self.to_patch(np.asarray(center)[None])[0])
         size = max(round(radius * self.scale * 16), 4)
-        cv2.circle(self.color, (x, y), size, _bgr(color), -1, cv2.LINE_8, 4)
+        cv2.circle(self.color, (x, y), size, _scalar(color), -1, cv2.LINE_8, 4)
         if solid:
             cv2.circle(self.alpha, (x, y), size, 255, -1, cv2.LINE_8, 4)
 
-    def compose(self, canvas: Canvas, depth: float | np.ndarray, shade: np.ndarray | None = None) -> None:
-        """Lay the patch on the canvas at a depth (a number or (h, w) pixels), times a brightness (h, w)."""
+    def compose(self, canvas: Canvas, depth: float | np.ndarray, shade: float | np.ndarray = 1.0) -> None:
+        """Lay the patch on the canvas at a depth and times a brightness, each a number or (h, w)."""
         if self.box is None:
             return
         left, top, right, bottom = self.box
@@ -247,27 +289,27 @@ class Patch:
         color = cv2.resize(self.color, size, interpolation=cv2.INTER_AREA)
         alpha = cv2.resize(self.alpha, size, interpolation=cv2.INTER_AREA).astype(np.float32)
         alpha *= np.float32(1 / 255)
-        planes = np.ascontiguousarray(color.transpose(2, 0, 1), dtype=np.float32)
-        if shade is not None:
-            planes *= shade
+        planes = np.stack(cv2.split(color)).astype(np.float32)
+        planes *= shade if isinstance(shade, np.ndarray) else np.float32(shade)
         canvas.blend(self.box, planes, alpha, np.broadcast_to(np.asarray(depth, np.float32), alpha.shape))
 
 
-def _bgr(color: Color) -> tuple[int, int, int]:
-    """A colour as OpenCV wants it. The canvas is RGB throughout, so the order stays."""
-    red, green, blue = color
-    return (
-        min(max(int(red), 0), 255),
-        min(max(int(green), 0), 255),
-        min(max(int(blue), 0), 255),
-    )
+def _scalar(color: Color) -> Sequence[float]:
+    """A colour as OpenCV wants it: plain numbers, which it clips itself. The canvas is RGB, so the order stays."""
+    return color.tolist() if isinstance(color, np.ndarray) else color
 
 
 def _fill_polygon(image: np.ndarray, corners: np.ndarray, color: object, lineType: int, shift: int) -> None:  # noqa: N803
     cv2.fillPoly(image, [corners], color, lineType=lineType, shift=shift)
 
 
-def ramp(*stops: tuple[float, float], steps: int = 48) -> np.ndarray:
-    """(steps,) smooth profile through (position 0 to 1, value) stops."""
+def ramp(*stops: tuple[float, float], steps: int) -> np.ndarray:
+    """(steps,) profile through (position 0 to 1, value) stops."""
     positions, values = zip(*stops, strict=True)
-    return np.interp(np.linspace(0, 1, steps), positions, values)
+    return np.interp(along(steps), positions, values)
+
+
+@functools.lru_cache(maxsize=4)
+def along(steps: int) -> np.ndarray:
+    """(steps,) positions from 0 to 1."""
+    return np.linspace(0, 1, steps)

@@ -9,6 +9,7 @@ import numpy as np
 
 from cigpose.config import RenderConfig
 from cigpose.data.rendered.annotate import annotate, whole_visibility
+from cigpose.data.rendered.appearance import CLOTH_COLORS
 from cigpose.data.rendered.background import draw_background, draw_context
 from cigpose.data.rendered.figure import Figure, Labels, Placement, sample_person
 from cigpose.data.rendered.paint import Canvas, Light, Patch, noise_field
@@ -174,7 +175,7 @@ def _cover(canvas: Canvas, patch: Patch) -> np.ndarray:
 def _occluder(canvas: Canvas, rng: np.random.Generator, figure: Figure) -> np.ndarray:
     """Something before the person: a table, a box, a post, a plant, a carried board. Returns what it hides, (H, W)."""
     kind, size = int(rng.integers(5)), figure.placement.stature
-    color = np.clip(rng.uniform(50, 190) + rng.normal(0, 22, 3), 15, 240)
+    color = CLOTH_COLORS[int(rng.integers(len(CLOTH_COLORS)))] * rng.uniform(0.6, 0.95)
     x, knee = figure.placement.x, float(figure.limbs["left_leg"][1][1])
     shift, wide, tall = rng.uniform(-0.22, 0.22) * size, rng.uniform(0.16, 0.36) * size, rng.uniform(0.12, 0.3) * size
     low = float(canvas.height) if kind != 4 else 0.0
@@ -238,7 +239,7 @@ def _hide_right_arm(canvas: Canvas, rng: np.random.Generator, figure: Figure) ->
 def _develop(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     """Exposure, tint and grain of a photograph, (H, W, 3) uint8 RGB."""
     gain = rng.uniform(0.9, 1.08) * (1 + rng.normal(0, 0.025, 3))
-    strength = rng.uniform(0.5, 3.5)
+    strength = rng.uniform(0.5, 2.8)
     shift = int(rng.integers(64))
     grain = noise_field(canvas.height + 64, canvas.width + 64, 0.6, 11)
     noise = grain[shift : shift + canvas.height, shift : shift + canvas.width] * np.float32(strength)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cigpose.data.rendered.appearance import draw
+
 Frame = np.ndarray
 """(3, 3) rotation; columns are the frame's axes in camera axes."""
 
@@ -97,6 +99,8 @@ ARM_POSES = (
     ArmPose("at the chin", (0.22, 0.82, -0.55), (-0.28, -0.86, -0.42), (-0.4, -0.2, 0.9), 0.6, jitter=0.05),
 )
 """`raised`: the hand ends above the shoulder."""
+_RAISED = tuple(pose for pose in ARM_POSES if pose.raised)
+_LOWERED = tuple(pose for pose in ARM_POSES if not pose.raised)
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,10 @@ class Pose:
     left_leg: Limb
     right_leg: Limb
     seated: bool
+    legs_bent: bool
+    """Sitting, crouching or with one foot up."""
     right_arm_raised: bool
+    """The right hand is above its shoulder."""
     yaw: float
 
 
@@ -144,7 +151,7 @@ def sample_build(rng: np.random.Generator) -> Build:
 
 def sample_yaw(rng: np.random.Generator) -> float:
     """Heading of the body: mostly towards the camera, a third from the side, some from behind."""
-    kind, sign = rng.random(), rng.choice((-1.0, 1.0))
+    kind, sign = rng.random(), 1.0 if rng.random() < 0.5 else -1.0
     if kind < 0.58:
         return float(rng.normal(0, 0.35))
     if kind < 0.84:
@@ -155,7 +162,7 @@ def sample_yaw(rng: np.random.Generator) -> float:
 def sample_pose(rng: np.random.Generator, build: Build) -> Pose:
     """A natural pose: standing, walking, stepping, crouching or sitting, each arm on its own."""
     yaw = sample_yaw(rng)
-    stance = rng.choice(5, p=(0.47, 0.2, 0.09, 0.05, 0.19))
+    stance = draw(rng, (0.47, 0.2, 0.09, 0.05, 0.19))
     if stance == 4 and abs(yaw) > 1.8:
         yaw *= 0.5
     pelvis = rotate_y(yaw)
@@ -168,17 +175,18 @@ def sample_pose(rng: np.random.Generator, build: Build) -> Pose:
     center = neck + torso @ np.array([0, -0.046, 0.0]) + head @ np.array([0, -0.05, -0.012])
     left, _ = _pose_arm(rng, build, torso, 1.0)
     right, _ = _pose_arm(rng, build, torso, -1.0)
-    legs = _pose_legs(rng, build, pelvis, int(stance))
+    legs = _pose_legs(rng, build, pelvis, stance)
     raised = right.joints[2, 1] < right.joints[0, 1]
-    return Pose(build, pelvis, torso, head, neck, center, left, right, *legs, stance == 4, bool(raised), yaw)
+    return Pose(
+        build, pelvis, torso, head, neck, center, left, right, *legs, stance == 4, stance >= 2, bool(raised), yaw
+    )
 
 
 def _pose_arm(rng: np.random.Generator, build: Build, torso: Frame, side: float) -> tuple[Limb, ArmPose]:
     """One arm; `side` is 1 for the left, -1 for the right."""
     raise_it = rng.random() < 0.42
-    choices = [pose for pose in ARM_POSES if pose.raised == raise_it]
-    weights = np.array([pose.weight for pose in choices])
-    pose = choices[int(rng.choice(len(choices), p=weights / weights.sum()))]
+    choices = _RAISED if raise_it else _LOWERED
+    pose = choices[draw(rng, tuple(pose.weight for pose in choices))]
     mirror = np.array([side, 1, 1])
     upper = unit(np.array(pose.upper) + rng.normal(0, pose.jitter, 3))
     upper[0] = max(upper[0], -0.15)
@@ -186,7 +194,7 @@ def _pose_arm(rng: np.random.Generator, build: Build, torso: Frame, side: float)
     fore = limit_bend(unit(upper), fore, ELBOW_LIMIT)
     upper, fore = torso @ (unit(upper) * mirror), torso @ (fore * mirror)
     lift = max(0.0, -float(upper @ torso[:, 1]))
-    shoulder = torso @ np.array([side * build.shoulder * (1 - 0.06 * lift), -0.262 - 0.022 * lift, 0])
+    shoulder = torso @ np.array([side * build.shoulder * (1 - 0.06 * lift), -0.254 - 0.024 * lift, 0])
     elbow = shoulder + UPPER_ARM * upper
     wrist = elbow + FOREARM * fore
     palm = torso @ (np.array(pose.palm) * mirror + rng.normal(0, 0.25, 3))
@@ -238,7 +246,7 @@ def _pose_leg(
 ) -> Limb:
     """One leg from hip flexion and knee flexion, sideways spread and the foot's turn to the outside."""
     flex, knee = bend
-    knee = float(np.clip(knee, 0, KNEE_LIMIT))
+    knee = min(max(knee, 0.0), KNEE_LIMIT)
     outward = side * np.sin(spread)
     thigh = unit(np.array([outward, np.cos(flex), -np.sin(flex)]))
     shin = unit(np.array([outward * 0.6, np.cos(flex - knee), -np.sin(flex - knee)]))
@@ -246,6 +254,6 @@ def _pose_leg(
     at_knee = hip + pelvis @ thigh * (THIGH * build.leg)
     ankle = at_knee + pelvis @ shin * (SHIN * build.leg)
     # A planted foot is level; one whose shin lies far back stands on its toes.
-    pitch = float(np.clip((knee - flex) - 0.35, 0, 1.1))
+    pitch = min(max(knee - flex - 0.35, 0.0), 1.1)
     foot = pelvis @ rotate_y(side * turnout) @ rotate_x(pitch * 0.8)
     return Limb(np.stack([hip, at_knee, ankle]), foot)
