@@ -1,0 +1,93 @@
+"""From a configuration to a training state: weights, wrappers, optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cigpose.config import Config
+from cigpose.model.estimator import build_model
+from cigpose.model.weights import load_backbone
+from cigpose.train import workers
+from cigpose.train.batch_norm import synchronize_batch_norm
+from cigpose.train.optim import EMA, build_optimizer
+from cigpose.train.state import TrainState, seed_everything
+from cigpose.train.step import Losses, resolved_precision
+
+
+def build_state(config: Config, *, rank: int, device: torch.device, root: Path) -> TrainState:
+    """The state before the first step; equal on all workers but for their random generators.
+
+    Args:
+        config: the experiment.
+        rank: this worker.
+        device: where to train.
+        root: folder of params.yaml; `model.backbone.pretrained` lies in data/raw/pretrained below it, where rank 0 is.
+
+    Raises:
+        FileNotFoundError: the pretrained weights are not there.
+    """
+    seed_everything(config.seed, rank=0)  # the same first weights on every worker
+    model = build_model(config)
+    if config.model.backbone.pretrained and rank == 0:
+        load_backbone(model, pretrained_path(config, root))
+    model = model.to(device)
+    workers.copy_rank_0([model])
+    state = state_around(model, config, device)
+    seed_everything(config.seed, rank)
+    return state
+
+
+def state_around(model: nn.Module, config: Config, device: torch.device) -> TrainState:
+    """The state of a training that starts from `model`, which is on `device`."""
+    train = config.train
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = EMA(model, train.ema) if train.ema.enabled else None
+    if workers.world_size() > 1 and is_synchronized(config, device):
+        model.backbone = synchronize_batch_norm(model.get_submodule("backbone"))
+    losses: nn.Module = Losses(model, config)
+    if train.compile:
+        losses.compile()
+    if workers.world_size() > 1:
+        losses = nn.parallel.DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return TrainState(
+        model=model,
+        losses=losses,
+        optimizer=build_optimizer(model, train.optimizer),
+        scaler=torch.amp.GradScaler(device.type, enabled=resolved_precision(config, device) == "fp16"),
+        ema=ema,
+    )
+
+
+def is_synchronized(config: Config, device: torch.device) -> bool:
+    """Whether the backbone's batch norms work over all workers."""
+    chosen = config.train.sync_batch_norm
+    return device.type == "cuda" if chosen == "auto" else chosen
+
+
+def pretrained_path(config: Config, root: Path) -> Path:
+    """The file of the backbone's first weights."""
+    return root / "data" / "raw" / "pretrained" / str(config.model.backbone.pretrained)
+
+
+def for_world(config: Config, world: int) -> Config:
+    """The same experiment on another number of workers, as after the loss of a node.
+
+    The total batch stays, rounded up to what the workers can share out evenly; where a worker's part would exceed the
+    former one, accumulation steps are added.
+    """
+    train = config.train
+    if world == train.cluster.num_workers:
+        return config
+    accumulate = math.ceil(train.batch_total / (world * train.batch_per_worker))
+    share = math.ceil(train.batch_total / (world * accumulate))
+    cluster = dataclasses.replace(train.cluster, num_workers=world)
+    changed = dataclasses.replace(
+        train, cluster=cluster, accumulate_steps=accumulate, batch_total=share * world * accumulate
+    )
+    return dataclasses.replace(config, train=changed)
