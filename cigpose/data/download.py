@@ -18,45 +18,24 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from cigpose.config import DownloadConfig
 from cigpose.data.board import Board, human_bytes
-from cigpose.data.drive import is_drive
+from cigpose.data.fetcher import DownloadError, Fetcher, Job
 from cigpose.data.integrity import Expected, IntegrityError, check_file
 from cigpose.data.manifest import Entry, MirrorIndex, entry_of, read_manifest, read_mirror_index, write_manifest
 from cigpose.data.sources import TABLE, SourceFile, drive_url
-from cigpose.data.transfer import PartialFile, StoppedError, Transfer
-from cigpose.data.web import Patience, TransferError
+from cigpose.data.transfer import PartialFile
+from cigpose.data.web import Patience
+
+__all__ = ["PARTIAL", "DownloadError", "fetch"]
 
 PARTIAL = ".partial"
 _SPARE_BYTES = 64 << 20  # left free on the disk
-
-
-class DownloadError(ValueError):
-    """What was asked for could not be downloaded; a sentence for the user."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """One file asked for."""
-
-    source: SourceFile
-    target: Path
-    urls: tuple[str, ...]
-    """Public addresses, best first."""
-    expected: Expected
-
-    @property
-    def size(self) -> int | None:
-        """Bytes, roughly where only that is known."""
-        return self.expected.bytes or self.source.about_bytes
 
 
 def fetch(
@@ -99,7 +78,7 @@ def fetch(
             _announce(folder, jobs, missing, index, options, say)
             _check_disk(folder, missing)
             entries = _verify([job for job in jobs if job not in missing])
-            entries |= _Fetcher(folder / PARTIAL, options, patience, say).run(missing)
+            entries |= Fetcher(folder / PARTIAL, options, patience, say).run(missing)
             write_manifest(folder, entries.values())
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     except DownloadError:
@@ -155,7 +134,7 @@ def _plan(
     options: DownloadConfig,
     index: MirrorIndex | None,
     recorded: Mapping[str, Entry],
-) -> _Job:
+) -> Job:
     """Where a file comes from and what it must be."""
     own = (drive_url(options.drive_ids[source.name]),) if source.name in options.drive_ids else ()
     urls = own + source.urls
@@ -165,14 +144,14 @@ def _plan(
     if expected.sha256 is None and expected.md5 is None and source.name in recorded:
         before = recorded[source.name]
         expected = Expected(bytes=before.bytes, sha256=before.sha256, authority=f"recorded in {folder}/manifest.json")
-    return _Job(source=source, target=folder / source.name, urls=urls, expected=expected)
+    return Job(source=source, target=folder / source.name, urls=urls, expected=expected)
 
 
 def _published(source: SourceFile) -> Expected:
     return Expected(bytes=source.bytes, sha256=source.sha256, md5=source.md5)
 
 
-def _is_in_place(job: _Job, options: DownloadConfig) -> bool:
+def _is_in_place(job: Job, options: DownloadConfig) -> bool:
     """Whether a file is there (and may be verified); if not, whether it could be fetched."""
     target, name = job.target, job.source.name
     if target.is_dir():
@@ -197,8 +176,8 @@ def _is_in_place(job: _Job, options: DownloadConfig) -> bool:
 
 def _announce(
     folder: Path,
-    jobs: Sequence[_Job],
-    missing: Sequence[_Job],
+    jobs: Sequence[Job],
+    missing: Sequence[Job],
     index: MirrorIndex | None,
     options: DownloadConfig,
     say: Callable[[str], None],
@@ -233,7 +212,7 @@ def _announce(
         say(f"Note: by the mirror's index these are not the published files: {', '.join(other)}.")
 
 
-def _check_disk(folder: Path, missing: Sequence[_Job]) -> None:
+def _check_disk(folder: Path, missing: Sequence[Job]) -> None:
     needed = sum(max(0, (job.size or 0) - PartialFile(folder / PARTIAL / job.source.name).size) for job in missing)
     free = shutil.disk_usage(folder).free
     if needed and needed + _SPARE_BYTES > free:
@@ -243,7 +222,7 @@ def _check_disk(folder: Path, missing: Sequence[_Job]) -> None:
         )
 
 
-def _verify(jobs: Sequence[_Job]) -> dict[str, Entry]:
+def _verify(jobs: Sequence[Job]) -> dict[str, Entry]:
     """Check the files in place. The published ones are welcome whatever a mirror holds."""
     entries: dict[str, Entry] = {}
     if not jobs:
@@ -261,118 +240,6 @@ def _verify(jobs: Sequence[_Job]) -> dict[str, Entry]:
     return entries
 
 
-class _Fetcher:
-    """Fetches files, several at a time."""
-
-    def __init__(self, folder: Path, options: DownloadConfig, patience: Patience, say: Callable[[str], None]) -> None:
-        self.folder, self.options, self.patience, self.say = folder, options, patience, say
-        self.stop = threading.Event()
-
-    def run(self, jobs: Sequence[_Job]) -> dict[str, Entry]:
-        """Fetch all of them; one that fails does not keep the others from coming.
-
-        Raises:
-            DownloadError: a line for each file that no host gives.
-            OSError: the disk refuses; everything stops.
-        """
-        entries: dict[str, Entry] = {}
-        if not jobs:
-            return entries
-        failures: list[str] = []
-        with (
-            Board("download", [(job.source.name, job.size) for job in jobs]) as board,
-            ThreadPoolExecutor(max(1, self.options.parallel_files)) as pool,
-        ):
-            futures = {pool.submit(self._fetch, job, board): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    name = futures[future].source.name
-                    try:
-                        entries[name] = future.result()
-                        board.write(f"{name}: {human_bytes(entries[name].bytes)}, verified", self.say)
-                    except DownloadError as err:
-                        failures.append(str(err))
-                    except StoppedError:
-                        pass
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        if failures:
-            raise DownloadError("\n".join(failures))
-        return entries
-
-    def _fetch(self, job: _Job, board: Board) -> Entry:
-        """One file, from the first of its hosts that gives it."""
-        reasons: list[str] = []
-        for url in job.urls:
-            try:
-                return self._fetch_from(url, job, board)
-            except (TransferError, IntegrityError) as err:
-                reason = str(err) if isinstance(err, TransferError) else f"{self._host(url)} gives a wrong file: {err}"
-                reasons.append(reason)
-                if len(reasons) < len(job.urls):
-                    board.write(f"{job.source.name}: {reason}. Trying the next host.", self.say)
-            except OSError:
-                self.stop.set()
-                raise
-        raise DownloadError(f"{job.source.name}: {'; '.join(reasons)}. {self._advice(job, reasons)}")
-
-    def _fetch_from(self, url: str, job: _Job, board: Board) -> Entry:
-        name, partial = job.source.name, PartialFile(self.folder / job.source.name)
-        while True:
-            transfer = Transfer(
-                url=self._mirrored(url),
-                partial=partial,
-                patience=self._share_of_patience(job),
-                expected_bytes=job.expected.bytes,
-                checked_after=job.expected.sha256 is not None or job.expected.md5 is not None,
-                rewrite=self._mirrored,
-                on_progress=board.setter(name),
-                on_wait=lambda reason, wait_s: board.write(
-                    f"{name}: {reason}; next attempt in {max(wait_s, 0.1):.1f} s, from {human_bytes(partial.size)} on",
-                    self.say,
-                ),
-                stop=self.stop,
-            )
-            transfer.run()
-            try:
-                found = check_file(partial.path, job.expected)
-            except IntegrityError as err:
-                partial.discard()
-                if not transfer.resumed:
-                    raise
-                board.write(f"{name}: {err}. It was continued; fetching it anew in one piece.", self.say)
-                continue
-            partial.place(job.target)
-            return entry_of(job.source, found)
-
-    def _share_of_patience(self, job: _Job) -> Patience:
-        """Fewer attempts at each host where there are several."""
-        attempts = max(2, self.patience.max_attempts // len(job.urls))
-        return replace(self.patience, max_attempts=min(attempts, self.patience.max_attempts))
-
-    def _mirrored(self, url: str) -> str:
-        """The address to ask: <mirror>/<host>/<path> with a mirror."""
-        parts = urlsplit(url)
-        if self.options.mirror is None or parts.netloc == urlsplit(self.options.mirror).netloc:
-            return url
-        query = f"?{parts.query}" if parts.query else ""
-        return f"{self.options.mirror.rstrip('/')}/{parts.netloc}{parts.path}{query}"
-
-    def _host(self, url: str) -> str:
-        return urlsplit(self._mirrored(url)).netloc
-
-    def _advice(self, job: _Job, reasons: Sequence[str]) -> str:
-        """What to do when no host gives a file."""
-        by_hand = f"put it at {job.target}"
-        if self.options.mirror is not None:
-            return f"Mend the mirror (its manifest.json or SHA256SUMS decides what is right), or {by_hand}."
-        if is_drive(job.urls[-1]) or any("Drive" in reason for reason in reasons):
-            return f"Open {job.urls[0]} in a browser where you are signed in to Google, download it and {by_hand}."
-        return f"Run again later to go on from here, or get the file elsewhere and {by_hand}."
-
-
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder, so that two downloads do not write the same partial file."""
@@ -384,10 +251,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
             raise DownloadError(f"{folder}: another download is running here. Wait until it ends.") from err
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (folder / PARTIAL).rmdir()  # stays only where it holds bytes to go on from
     finally:
-        with suppress(OSError):
-            (folder / PARTIAL).rmdir()  # stays only where it holds bytes to go on from
         os.close(handle)
 
 

@@ -475,6 +475,30 @@ def test_several_files_come_at_a_time_and_no_more_than_asked(room: Room, host, a
     assert 2 <= most[0] <= 3
 
 
+# Pretrained weights, from the mirror of the real hosts.
+
+FOLDER = "https://download.openmmlab.com/mmpose/v1/projects/rtmposev1/"
+FIXTURE = "cspnext-fixture_udp-aic-coco_210e-256x192-294f3a94_20230130.pth"
+REUPLOADED = "cspnext-fixture-reuploaded_udp-aic-coco_210e-256x192-0badc0de_20230130.pth"
+
+
+def test_the_hex_digits_in_a_name_of_weights_are_no_reason_to_refuse_them(room: Room, start_mirror) -> None:
+    mirror = start_mirror()
+    entries = room.fetch(row(FIXTURE, FOLDER + FIXTURE), row(REUPLOADED, FOLDER + REUPLOADED), mirror=mirror)
+    assert entries[0].sha256.startswith("294f3a94")
+    assert not entries[1].sha256.startswith("0badc0de")
+
+
+def test_weights_with_one_bit_flipped_are_refused_by_what_was_recorded(room: Room, start_mirror, shared: Path) -> None:
+    mirror = start_mirror()
+    source = row(FIXTURE, FOLDER + FIXTURE)
+    room.fetch(source, mirror=mirror)
+    shutil.copyfile(shared / "mirror/bad" / FIXTURE, room.folder / FIXTURE)
+    for options in ({}, {"mirror": mirror}):
+        with pytest.raises(DownloadError, match="its sha256 is a0bcde7b5a45"):
+            room.fetch(source, **options)
+
+
 # The table itself.
 
 
