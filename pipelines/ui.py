@@ -138,7 +138,7 @@ def running(*servers: Server, root: Path, timeout_s: float = START_TIMEOUT_S) ->
             with server.log.open("w", encoding="utf-8") as log:
                 processes.append(start(server.command, cwd=root, env=server.env, output=log))
         for server, process in zip(servers, processes, strict=True):
-            _wait_healthy(server, process, timeout_s)
+            wait_healthy(server, process, timeout_s)
         yield processes
     finally:
         for process in processes:  # all at once, then wait for each
@@ -148,7 +148,12 @@ def running(*servers: Server, root: Path, timeout_s: float = START_TIMEOUT_S) ->
             stop_group(process, _STOP)
 
 
-def _wait_healthy(server: Server, process: subprocess.Popen[str], timeout_s: float) -> None:
+def wait_healthy(server: Server, process: subprocess.Popen[str], timeout_s: float) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        ServerError: it ended, or did not answer in time; with the end of its log.
+    """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         # The process as well: on a taken port the server dies while another one answers.

@@ -1,0 +1,152 @@
+"""Projects in temporary folders, small enough to be trained, registered and scheduled in a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from cigpose.config import Config, config_from_mapping, load_preset
+from cigpose.params_file import write_params
+from pipelines import tracking, ui
+
+OUTSIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_PORT", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_SERVER_API_PORT")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs; copying it is faster than making one."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracking.connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
+    """A project folder as the working directory, with an empty MLflow database and no address from outside."""
+    for name in OUTSIDE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    return folder
+
+
+def small_config(**registry: Any) -> Config:
+    """The quickstart model at a tenth of its size."""
+    values = load_preset("quickstart").to_mapping()
+    values["model"]["backbone"]["widen_factor"] = 0.125
+    values["model"]["head"] |= {"hidden": 32, "gau_s": 16}
+    values["model"]["input_size"] = [96, 128]
+    values["model"]["causal"]["eval_top_k"] = 0
+    values["registry"] |= registry
+    return config_from_mapping(values)
+
+
+@pytest.fixture
+def config() -> Config:
+    """See `small_config`."""
+    return small_config()
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    """`small_config`, with other values under `registry`."""
+    return small_config
+
+
+@pytest.fixture
+def trained(project: Path) -> Callable[..., str]:
+    """Leave what the stages before `register` leave: `trained(config, seed=1, whole_ap=0.6)` gives the run's id.
+
+    The weights are random, the metrics made up.
+    """
+
+    def make(config: Config, seed: int, whole_ap: float, images: int = 160) -> str:
+        import torch
+
+        from cigpose.model.estimator import build_model
+        from cigpose.model.weights import save_weights
+
+        write_params(config, project / "params.yaml")
+        run = tracking.start_run(config, run_folder=project / f".runs/run-{seed}")
+        run.log_metrics({"train/loss": 1.0}, step=1)
+        run.finish()
+        torch.manual_seed(seed)
+        for folder in ("model", "report/pictures", "metrics"):
+            (project / "data" / folder).mkdir(parents=True, exist_ok=True)
+        save_weights(project / "data/model/model.safetensors", build_model(config).state_dict(), config)
+        write_params(config, project / "data/model/params.yaml")
+        _write_json(project / "data/model/run.json", {"run_id": run.run_id, "epochs": 4, "best_epoch": 3})
+        for name in ("rendered-train", "rendered-val"):
+            _write_json(project / f"data/shards/{name}/index.json", shard_index(name, images))
+        picture = np.full((60, 80, 3), 7 * seed, np.uint8)
+        cv2.imwrite(str(project / "data/report/pictures/page-00.jpg"), picture)
+        (project / "data/report/report.md").write_text("# Report\n")
+        figures = {"whole": {"AP": whole_ap, "AR": whole_ap}, "body": {"AP": 0.8, "AR": 0.8}}
+        _write_json(project / "data/metrics/evaluate.json", figures)
+        return run.run_id
+
+    return make
+
+
+def shard_index(name: str, images: int) -> dict[str, Any]:
+    """An index.json of one shard."""
+    shard = {"name": f"{name}-00000.tar", "sha256": "cd" * 32, "bytes": 10, "images": images}
+    counts = {"images": images, "persons": 2 * images, "detections": 0}
+    sources = {"images.zip": "ab" * 32}
+    return {
+        "format": 1,
+        "dataset": name,
+        "keypoints": "coco_wholebody",
+        **counts,
+        "sources": sources,
+        "shards": [shard],
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+class MlflowServer:
+    """A real server on loopback that can be killed and started again on the same port and database."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, ui.free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        server = ui.mlflow_server(self.folder, self.port, f"sqlite:///{self.folder}/mlflow.db")
+        server.log.parent.mkdir(parents=True, exist_ok=True)
+        with server.log.open("a") as log:
+            self.process = ui.start(server.command, cwd=self.folder, env=server.env, output=log)
+        ui.wait_healthy(server, self.process, 120)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+            self.process = None
+
+
+@pytest.fixture
+def mlflow_server(project: Path) -> Iterator[MlflowServer]:
+    """A server, started."""
+    server = MlflowServer(project)
+    server.start()
+    yield server
+    server.kill()
