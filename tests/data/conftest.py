@@ -61,6 +61,7 @@ class Host:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # clients that are killed
         self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def put(self, path: str, content: bytes, *acts: Act, etag: str | None = '"one"') -> str:
