@@ -51,7 +51,12 @@ def _quad(image: np.ndarray, points: list[tuple[float, float]], color: Color) ->
 
 
 def _box(image: np.ndarray, x: float, y: float, w: float, h: float, color: Color) -> None:
-    _quad(image, [(x, y), (x + w, y), (x + w, y + h), (x, y + h)], color)
+    """Fill an upright rectangle."""
+    if w > 0 and h > 0:
+        corner = (round(x + w) - 1, round(y + h) - 1)
+        cv2.rectangle(
+            image, (round(x), round(y)), (max(corner[0], round(x)), max(corner[1], round(y))), _color(color), -1
+        )
 
 
 def _gradient(image: np.ndarray, rng: np.random.Generator, color: np.ndarray, strength: float) -> None:

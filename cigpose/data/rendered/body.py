@@ -178,8 +178,8 @@ def _skirt(canvas: Canvas, figure: Figure) -> Part:
     scale = figure.thickness(start[2])
     gap = float(np.hypot(*(knees[0][:2] - knees[1][:2]))) / 2 * reach
     apart = abs(float(knees[0][2] - knees[1][2])) / 2 * reach
-    radius = ramp((0, 0.082 * scale), (0.3, 0.1 * scale), (1, max(0.1 * scale, gap + 0.055 * scale)), steps=STEPS)
-    thick = ramp((0, 0.08 * scale), (0.3, 0.118 * scale), (1, max(0.118 * scale, apart + 0.07 * scale)), steps=STEPS)
+    radius = ramp((0, 0.075 * scale), (0.3, 0.1 * scale), (1, max(0.1 * scale, gap + 0.055 * scale)), steps=STEPS)
+    thick = ramp((0, 0.06 * scale), (0.3, 0.118 * scale), (1, max(0.118 * scale, apart + 0.07 * scale)), steps=STEPS)
     color, bulge = looks.bottom[:, None], thick / radius
     return Part(
         float(start[2] + end[2]) / 2 - 0.05 * scale,

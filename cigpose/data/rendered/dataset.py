@@ -38,10 +38,7 @@ def render_dataset(config: RenderConfig, folder: Path, *, processes: int | None 
         The numbers of `images` and `persons`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    processes = min(
-        processes or os.process_cpu_count() if hasattr(os, "process_cpu_count") else processes or _cores(),
-        config.num_images,
-    )
+    processes = min(processes or _cores(), config.num_images)
     width, height = config.image_size
     images, annotations = [], []
     archive = folder / "images.zip.part"
@@ -91,6 +88,8 @@ def _single_thread() -> None:
 
 def _render_jpeg(config: RenderConfig, index: int) -> Rendered:
     picture, persons = render_image(config, index)
-    ok, jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, config.jpeg_quality])
+    ok, jpeg = cv2.imencode(
+        ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.jpeg_quality]
+    )
     assert ok
     return jpeg.tobytes(), persons

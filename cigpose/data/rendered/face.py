@@ -71,6 +71,8 @@ def _strands() -> np.ndarray:
 
 
 _STRANDS = _strands()
+_SOCKET = np.array([1.25, 1.7])
+_RING = np.stack([np.cos(t := np.linspace(0, 2 * np.pi, 40, endpoint=False)), np.sin(t)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -176,17 +178,16 @@ class HeadPainter:
     def _cranium_outline(self, scale: float) -> np.ndarray:
         """(40, 2) pixels: silhouette of the cranium's ellipsoid."""
         radii = CRANIUM_RADII * self.face.shape * scale
-        angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         matrix = (self.frame * radii**2) @ self.frame.T
         root = np.linalg.cholesky(matrix[:2, :2])
         center = self.project((CRANIUM_CENTER * self.face.shape)[None])[0, :2]
-        return center + self.unit * np.stack([np.cos(angle), np.sin(angle)], axis=1) @ root.T
+        return center + self.unit * _RING @ root.T
 
     def _surface(self) -> None:
         """Cast rays at the head's ellipsoids: depth and shading per pixel, head coordinates of the hair's surface."""
         left, top, right, bottom = self.patch.box or (0, 0, 1, 1)
         size = (right - left, bottom - top)
-        grid = (min(size[0], 40), min(size[1], 52))
+        grid = (min(size[0], 30), min(size[1], 38))
         xs = (np.arange(grid[0]) + 0.5) * (size[0] / grid[0]) - 0.5 + left - self.origin[0]
         ys = (np.arange(grid[1]) + 0.5) * (size[1] / grid[1]) - 0.5 + top - self.origin[1]
         u, v = np.meshgrid(xs / self.unit, ys / self.unit)
@@ -268,13 +269,12 @@ class HeadPainter:
     def _eye(self, first: int) -> None:
         ring = self.points[first : first + 6, :2]
         patch, unit = self.patch, self.unit
-        center = ring.mean(axis=0)
-        patch.polygon(center + (ring - center) * (1.25, 1.7), self._skin(0.86))
+        center = ring.sum(axis=0) / 6
+        patch.polygon(center + (ring - center) * _SOCKET, self._skin(0.86))
         patch.polygon(ring, (244, 242, 240))
-        gaze = np.array(self.face.gaze) * (np.ptp(ring[:, 0]), np.ptp(ring[:, 1]))
-        height = max(np.ptp(ring[:, 1]), 0.12 * unit)
-        iris = center + gaze - (0, 0.02 * unit)
-        radius = min(0.5 * height * 1.12, 0.14 * unit)
+        wide, high = (ring.max(axis=0) - ring.min(axis=0)).tolist()
+        iris = center + (self.face.gaze[0] * wide, self.face.gaze[1] * high - 0.02 * unit)
+        radius = min(0.56 * max(high, 0.12 * unit), 0.14 * unit)
         patch.disc(iris, radius, self.looks.iris)
         patch.disc(iris, radius * 0.55, (18, 14, 14))
         patch.disc(iris - (0.035 * unit, 0.04 * unit), 0.025 * unit, (250, 250, 250))
@@ -348,7 +348,7 @@ class HeadPainter:
         lines = self.project((crown + _STRANDS * radii).reshape(-1, 3)).reshape(_STRANDS.shape)
         for parity, tone in ((0, 0.85), (1, 1.13)):
             strokes = np.stack([lines[parity::2, :-1], lines[parity::2, 1:]], axis=2).reshape(-1, 2, 3)
-            near = strokes[:, :, 2].mean(axis=1) < self.project(crown[None])[0, 2]
+            near = strokes[:, 0, 2] + strokes[:, 1, 2] < 2 * self.project(crown[None])[0, 2]
             patch.line(strokes[near, :, :2], color * tone, 0.055 * self.unit)
         patch.color = behind
         cv2.copyTo(strands, self.hair_mask, behind)

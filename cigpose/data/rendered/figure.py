@@ -60,9 +60,11 @@ class Placement:
     def project(self, points: np.ndarray) -> np.ndarray:
         """(N, 3) statures from the pelvis to x, y, depth in pixels."""
         scale = self.stature * self.distance / (self.distance + points[:, 2])
-        return np.stack(
-            [self.x + scale * points[:, 0], self.y + scale * points[:, 1], self.stature * points[:, 2]], axis=1
-        )
+        result = np.empty((len(points), 3))
+        result[:, 0] = self.x + scale * points[:, 0]
+        result[:, 1] = self.y + scale * points[:, 1]
+        result[:, 2] = self.stature * points[:, 2]
+        return result
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ WIDTHS = np.array([0.125, 0.115, 0.12, 0.115, 0.1])
 BONES = tuple((a, a + 1) for first in (1, 5, 9, 13, 17) for a in range(first, first + 3))
 _FINGER = np.array([0] * 5 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4)
 """(21,) finger of each keypoint; the root counts as the thumb's."""
+_BONES = np.array(BONES)
+_BONE_WIDTHS = WIDTHS[_FINGER[_BONES[:, 0]]]
+_OTHER_FINGER = _FINGER[:, None] != _FINGER[_BONES[:, 0]]
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,21 @@ def hidden_in_hand(points: np.ndarray, size: float, palm: np.ndarray) -> np.ndar
         size: length of the hand in pixels.
         palm: (N, 2) outline of the palm in pixels.
     """
-    bones = np.array(BONES)
-    start, end = points[bones[:, 0]], points[bones[:, 1]]
+    start, end = points[_BONES[:, 0]], points[_BONES[:, 1]]
     step = end - start
     along = ((points[:, None, :2] - start[None, :, :2]) * step[None, :, :2]).sum(-1) / (
         (step[:, :2] ** 2).sum(-1) + 1e-6
     )
-    nearest = start[None] + np.clip(along, 0, 1)[..., None] * step[None]
+    nearest = start + np.minimum(np.maximum(along, 0), 1)[..., None] * step
     gap = np.sqrt(((points[:, None, :2] - nearest[..., :2]) ** 2).sum(-1))
-    other = _FINGER[:, None] != _FINGER[bones[:, 0]][None]
-    width = WIDTHS[_FINGER[bones[:, 0]]] * size * 0.5
-    hidden = (other & (gap < width * 0.8) & (points[:, None, 2] - nearest[..., 2] > width)).any(axis=1)
-    level = points[[0, 5, 9, 13, 17], 2].mean() + 0.1 * size
+    width = _BONE_WIDTHS * (0.5 * size)
+    hidden = (_OTHER_FINGER & (gap < width * 0.8) & (points[:, None, 2] - nearest[..., 2] > width)).any(axis=1)
+    places = points.tolist()
+    level = sum(places[i][2] for i in (0, 5, 9, 13, 17)) / 5 + 0.1 * size
     outline = palm.astype(np.float32).reshape(-1, 1, 2)
     for i in (3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16, 18, 19, 20):
-        x, y, z = points[i]
-        if z > level and cv2.pointPolygonTest(outline, (float(x), float(y)), False) > 0:
+        x, y, z = places[i]
+        if z > level and cv2.pointPolygonTest(outline, (x, y), False) > 0:
             hidden[i] = True
     return hidden
 
@@ -119,8 +121,9 @@ def paint_hand(canvas: Canvas, points: np.ndarray, size: float, skin: np.ndarray
         return
     outline = palm_outline(points, size)
     tint = skin * (1.03, 0.96, 0.94) if palm_seen else skin
-    parts: list[tuple[float, int]] = [(float(points[[0, 5, 17], 2].mean()), -1)]
-    parts += [(float(points[f * 4 + 2 : f * 4 + 5, 2].mean()), f) for f in range(5)]
+    depths = points[:, 2].tolist()
+    parts = [((depths[0] + depths[5] + depths[17]) / 3, -1)]
+    parts += [(sum(depths[f * 4 + 2 : f * 4 + 5]) / 3, f) for f in range(5)]
     edge = max(0.028 * size, 0.3)
     for _, finger in sorted(parts, reverse=True):
         if finger < 0:
@@ -134,7 +137,7 @@ def paint_hand(canvas: Canvas, points: np.ndarray, size: float, skin: np.ndarray
             patch.line(points[0, :2] + np.outer((-0.1 * size, 0.05 * size), back), tint * 0.96, 0.25 * size)
         else:
             _paint_finger(patch, points[finger * 4 + 1 : finger * 4 + 5], WIDTHS[finger] * size, edge, tint, palm_seen)
-    depth = float(points[:, 2].mean()) - 0.25 * size
+    depth = sum(depths) / 21 - 0.25 * size
     patch.compose(canvas, depth, canvas.light.tone(np.array([0.0, 0.0, -1.0])))
 
 

@@ -17,6 +17,8 @@ import numpy as np
 FAR = 1e6
 """Depth where nothing has been drawn."""
 
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
 Color = Sequence[float] | np.ndarray
 
 
@@ -80,7 +82,7 @@ class Canvas:
         behind = self.depth[top:bottom, left:right]
         weight = (behind - depth) * np.float32(1 / softness)
         weight += np.float32(0.5)
-        np.minimum(np.maximum(weight, 0, out=weight), 1, out=weight)
+        np.minimum(np.maximum(weight, _ZERO, out=weight), _ONE, out=weight)
         weight *= alpha
         target = self.color[:, top:bottom, left:right]
         color -= target
@@ -130,35 +132,39 @@ class Canvas:
         ys = np.arange(top - ay, bottom - ay - 1e-6, dtype=np.float32)[:, None]
         along = xs * np.float32(ux) + ys * np.float32(uy)
         across = xs * np.float32(-uy) + ys * np.float32(ux)
-        clipped = np.minimum(np.maximum(along, np.float32(0)), np.float32(length))
+        clipped = np.maximum(along, _ZERO)
+        np.minimum(clipped, np.float32(length), out=clipped)
         along -= clipped
         if caps != (1.0, 1.0):
             along *= np.where(along < 0, np.float32(caps[0]), np.float32(caps[1]))
         steps = len(radius)
         place = clipped * np.float32((steps - 1) / length)
         index = (place + np.float32(0.5)).astype(np.intp)
-        size = np.take(radius.astype(np.float32), index)
+        size = np.take(radius.astype(np.float32), index, mode="clip")
         distance = across * across
         distance += along * along
         np.sqrt(distance, out=distance)
-        # Where the outline runs at an angle to the axis, its edge is nearer than measured across it.
-        slope = np.empty(steps)
-        np.subtract(radius[1:], radius[:-1], out=slope[1:])
-        slope[0] = 0
         if smooth:
-            size += (place - index) * np.take(slope.astype(np.float32), index)
-        slope *= (steps - 1) / length
-        alpha = size - distance
-        alpha *= np.take((1 / np.sqrt(1 + np.minimum(slope * slope, 9))).astype(np.float32), index)
-        alpha += np.float32(0.5)
-        np.minimum(np.maximum(alpha, 0, out=alpha), 1, out=alpha)
+            # Between two samples the radius is interpolated, and where the outline runs at an angle to the axis its
+            # edge is nearer than measured across it.
+            slope = np.empty(steps, np.float32)
+            np.subtract(radius[1:], radius[:-1], out=slope[1:])
+            slope[0] = 0
+            size += (place - index) * np.take(slope, index, mode="clip")
+            slope *= (steps - 1) / length
+            alpha = (size - distance) * np.take(1 / np.sqrt(1 + np.minimum(slope * slope, 9)), index, mode="clip")
+            alpha += np.float32(0.5)
+        else:
+            alpha = size - distance
+            alpha += np.float32(0.5)
+        np.minimum(np.maximum(alpha, _ZERO, out=alpha), _ONE, out=alpha)
         inverse = np.float32(1) / size
         toward = distance
         toward *= inverse
         toward *= toward
-        np.subtract(np.float32(1), toward, out=toward)
-        np.sqrt(np.maximum(toward, 0, out=toward), out=toward)
-        depth = toward * (size if bulge is None else np.take((radius * bulge).astype(np.float32), index))
+        np.subtract(_ONE, toward, out=toward)
+        np.sqrt(np.maximum(toward, _ZERO, out=toward), out=toward)
+        depth = toward * (size if bulge is None else np.take((radius * bulge).astype(np.float32), index, mode="clip"))
         np.subtract(clipped * np.float32((bz - az) / length) + np.float32(az), depth, out=depth)
         across *= inverse
         along *= inverse
@@ -166,7 +172,7 @@ class Canvas:
         if color.shape[1] == 1:
             painted = shade * color.astype(np.float32)[:, :, None]
         else:
-            painted = np.take(color.astype(np.float32), index, axis=1)
+            painted = np.take(color.astype(np.float32), index, axis=1, mode="clip")
             painted *= shade
         if panel is not None:
             panel.paint(painted, across, toward, index / np.float32(steps - 1), shade)
@@ -188,21 +194,21 @@ class Canvas:
         lx, ly, lz = self.light.direction
         shade = across * np.float32(0.5 * (ux * ly - uy * lx))
         shade += along * np.float32(0.5 * (ux * lx + uy * ly))
-        shade -= toward * np.float32(0.5 * lz)
+        shade += toward * np.float32(0.04 - 0.5 * lz)
         if fold:
             crease = noise_field(self.height + 256, self.width + 256, 3.2, 7)
             oy, ox = (fold_seed * 37) % 255, (fold_seed * 91) % 255
             shade += crease[top + oy : bottom + oy, left + ox : right + ox] * np.float32(0.5 * fold)
-        shade += np.float32(0.5)
+        shade += np.float32(0.46)
         shade *= shade
         shade *= np.float32(self.light.diffuse)
-        shade += np.float32(self.light.ambient)
-        shade *= np.float32(0.8) + np.float32(0.2) * toward
+        shade += np.float32(self.light.ambient - 0.04)
         return shade
 
-    def picture(self) -> np.ndarray:
-        """(H, W, 3) uint8 RGB."""
-        return cv2.merge([cv2.convertScaleAbs(np.maximum(plane, 0)) for plane in self.color])
+    def develop(self, gain: np.ndarray, grain: np.ndarray, strength: float) -> np.ndarray:
+        """Expose: add noise (H, W), multiply each channel by its gain (3,). (H, W, 3) uint8 RGB."""
+        planes = [cv2.scaleAdd(grain, strength, plane) for plane in self.color]
+        return cv2.merge([cv2.convertScaleAbs(plane, alpha=factor) for plane, factor in zip(planes, gain, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -249,20 +255,24 @@ class Patch:
         self.color = np.empty((*shape, 3), np.uint8)
         cv2.rectangle(self.color, (0, 0), (shape[1], shape[0]), _scalar(fill), -1)
         self.alpha = np.zeros(shape, np.uint8)
-        self.shift = np.array([left, top], np.float64) - 0.5
+        self.step = 16 * self.scale
+        self.shift = np.array([(left - 0.5) * self.step + 8, (top - 0.5) * self.step + 8])
 
     def to_patch(self, points: np.ndarray) -> np.ndarray:
         """(N, 2) image pixels to int32 patch coordinates with 4 fractional bits."""
-        step = 16 * self.scale
-        return np.rint(points * step - (self.shift * step + 8)).astype(np.int32)
+        return np.rint(points * self.step - self.shift).astype(np.int32)
 
     def polygon(self, points: np.ndarray, color: Color, *, solid: bool = False, convex: bool = False) -> None:
         """Fill a polygon (N, 2); `solid` polygons belong to the outline of the patch, others only tint it."""
         corners = self.to_patch(points)
-        fill = cv2.fillConvexPoly if convex else _fill_polygon
-        fill(self.color, corners, _scalar(color), lineType=cv2.LINE_8, shift=4)
-        if solid:
-            fill(self.alpha, corners, 255, lineType=cv2.LINE_8, shift=4)
+        if convex:
+            cv2.fillConvexPoly(self.color, corners, _scalar(color), cv2.LINE_8, 4)
+            if solid:
+                cv2.fillConvexPoly(self.alpha, corners, 255, cv2.LINE_8, 4)
+        else:
+            cv2.fillPoly(self.color, [corners], _scalar(color), cv2.LINE_8, 4)
+            if solid:
+                cv2.fillPoly(self.alpha, [corners], 255, cv2.LINE_8, 4)
 
     def line(self, points: np.ndarray, color: Color, width: float, *, solid: bool = False) -> None:
         """A polyline (N, 2), or several (M, N, 2), of a width in image pixels."""
@@ -274,7 +284,7 @@ class Patch:
 
     def disc(self, center: np.ndarray, radius: float, color: Color, *, solid: bool = False) -> None:
         """A filled circle, radius in image pixels."""
-        x, y = (int(v) for v in self.to_patch(np.asarray(center)[None])[0])
+        x, y = self.to_patch(center).tolist()
         size = max(round(radius * self.scale * 16), 4)
         cv2.circle(self.color, (x, y), size, _scalar(color), -1, cv2.LINE_8, 4)
         if solid:
@@ -297,10 +307,6 @@ class Patch:
 def _scalar(color: Color) -> Sequence[float]:
     """A colour as OpenCV wants it: plain numbers, which it clips itself. The canvas is RGB, so the order stays."""
     return color.tolist() if isinstance(color, np.ndarray) else color
-
-
-def _fill_polygon(image: np.ndarray, corners: np.ndarray, color: object, lineType: int, shift: int) -> None:  # noqa: N803
-    cv2.fillPoly(image, [corners], color, lineType=lineType, shift=shift)
 
 
 def ramp(*stops: tuple[float, float], steps: int) -> np.ndarray:

@@ -241,9 +241,6 @@ def _develop(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     gain = rng.uniform(0.9, 1.08) * (1 + rng.normal(0, 0.025, 3))
     strength = rng.uniform(0.5, 2.8)
     shift = int(rng.integers(64))
-    grain = noise_field(canvas.height + 64, canvas.width + 64, 0.6, 11)
-    noise = grain[shift : shift + canvas.height, shift : shift + canvas.width] * np.float32(strength)
-    for channel in range(3):
-        canvas.color[channel] *= np.float32(gain[channel])
-        canvas.color[channel] += noise
-    return canvas.picture()
+    field = noise_field(canvas.height + 64, canvas.width + 64, 0.6, 11)
+    grain = field[shift : shift + canvas.height, shift : shift + canvas.width]
+    return canvas.develop(gain, grain, strength)

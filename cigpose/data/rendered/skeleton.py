@@ -6,6 +6,7 @@ their left on the picture's right. Lengths are in statures, angles in radians.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,19 +28,19 @@ KNEE_LIMIT = 2.4
 
 def rotate_x(angle: float) -> Frame:
     """Lean: positive bends the top of an upright body forward."""
-    c, s = np.cos(angle), np.sin(angle)
+    c, s = math.cos(angle), math.sin(angle)
     return np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
 
 
 def rotate_y(angle: float) -> Frame:
     """Turn: positive turns the face to the person's left."""
-    c, s = np.cos(angle), np.sin(angle)
+    c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
 
 
 def rotate_z(angle: float) -> Frame:
     """Tilt: positive leans to the person's left."""
-    c, s = np.cos(angle), np.sin(angle)
+    c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
 
 
@@ -188,25 +189,26 @@ def _pose_arm(rng: np.random.Generator, build: Build, torso: Frame, side: float)
     choices = _RAISED if raise_it else _LOWERED
     pose = choices[draw(rng, tuple(pose.weight for pose in choices))]
     mirror = np.array([side, 1, 1])
-    upper = unit(np.array(pose.upper) + rng.normal(0, pose.jitter, 3))
+    noise = rng.standard_normal((4, 3))
+    upper = unit(pose.upper + pose.jitter * noise[0])
     upper[0] = max(upper[0], -0.15)
-    fore = unit(np.array(pose.fore) + rng.normal(0, pose.jitter, 3))
-    fore = limit_bend(unit(upper), fore, ELBOW_LIMIT)
+    fore = limit_bend(unit(upper), unit(pose.fore + pose.jitter * noise[1]), ELBOW_LIMIT)
     upper, fore = torso @ (unit(upper) * mirror), torso @ (fore * mirror)
     lift = max(0.0, -float(upper @ torso[:, 1]))
     shoulder = torso @ np.array([side * build.shoulder * (1 - 0.06 * lift), -0.254 - 0.024 * lift, 0])
     elbow = shoulder + UPPER_ARM * upper
     wrist = elbow + FOREARM * fore
-    palm = torso @ (np.array(pose.palm) * mirror + rng.normal(0, 0.25, 3))
-    hand = unit(fore + 0.22 * rng.normal(0, 1, 3))
+    palm = torso @ (pose.palm * mirror + 0.25 * noise[2])
+    hand = unit(fore + 0.22 * noise[3])
     palm = unit(palm - (palm @ hand) * hand)
-    thumb = np.cross(palm, hand) * side
-    return Limb(np.stack([shoulder, elbow, wrist]), np.stack([hand, thumb, palm], axis=1)), pose
+    (px, py, pz), (hx, hy, hz) = palm.tolist(), hand.tolist()
+    thumb = np.array([py * hz - pz * hy, pz * hx - px * hz, px * hy - py * hx]) * side
+    return Limb(np.array([shoulder, elbow, wrist]), np.array([hand, thumb, palm]).T), pose
 
 
 def limit_bend(first: np.ndarray, second: np.ndarray, limit: float) -> np.ndarray:
     """`second`, turned towards `first` where the angle between the two directions exceeds `limit`."""
-    angle = float(np.arccos(np.clip(first @ second, -1, 1)))
+    angle = math.acos(min(max(float(first @ second), -1.0), 1.0))
     if angle <= limit:
         return second
     across = unit(second - (second @ first) * first)
@@ -256,4 +258,4 @@ def _pose_leg(
     # A planted foot is level; one whose shin lies far back stands on its toes.
     pitch = min(max(knee - flex - 0.35, 0.0), 1.1)
     foot = pelvis @ rotate_y(side * turnout) @ rotate_x(pitch * 0.8)
-    return Limb(np.stack([hip, at_knee, ankle]), foot)
+    return Limb(np.array([hip, at_knee, ankle]), foot)
