@@ -19,6 +19,10 @@ from cigpose.model.hgnn import HGNN
 
 Logits = losses.Logits
 
+UNCERTAINTY_GRADIENT = 0.01
+"""Factor on the gradient of the supervised initial prediction, which reaches nothing else. AdamW's steps do not depend
+on the scale of a gradient; the norm that all parameters are clipped by does, and would be spent on these layers."""
+
 
 class SimCCHead(nn.Module):
     """What both heads share: a map per keypoint, a pair of classifiers over bins, the targets of the loss."""
@@ -125,8 +129,8 @@ class CIGPoseHead(SimCCHead):
     def initial_prediction(self, x: Tensor) -> Logits:
         """The prediction whose peakedness ranks keypoints: (B, K, C) -> (B, K, W), (B, K, H).
 
-        Under supervision its input is detached and layer-normed: as it is, its unbounded logits spoil the training of
-        everything else.
+        Its input is detached: scoring must not shape the embeddings. Under supervision it is layer-normed too, or its
+        logits grow without bound and so do their gradients.
         """
         x = x.detach()
         if self.supervise_uncertainty:
@@ -166,6 +170,7 @@ class CIGPoseHead(SimCCHead):
             "acc_pose": self.accuracy(logits, labels, weight),
         }
         if self.supervise_uncertainty:
-            loss_uncertainty = losses.keypoint_loss(initial, labels, weight, self.beta)
-            result |= {"loss": result["loss"] + loss_uncertainty, "loss_uncertainty": loss_uncertainty}
+            loss = losses.keypoint_loss(initial, labels, weight, self.beta)
+            loss = UNCERTAINTY_GRADIENT * loss + (1 - UNCERTAINTY_GRADIENT) * loss.detach()
+            result |= {"loss": result["loss"] + loss, "loss_uncertainty": loss}
         return result
