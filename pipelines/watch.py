@@ -61,6 +61,8 @@ class Watch:
             total=event["total_steps"], desc="train", unit="step", initial=event["step"], bar_format=BAR
         )
         self.bar.ncols = None  # the figures matter more than the width
+        if event["step"]:
+            self.bar.write(f"resumed at step {event['step']} of {event['total_steps']} ({self.folder})")
         self.history.write_text("".join(json.dumps(record) + "\n" for record in event["history"]), encoding="utf-8")
         for record in event["history"]:
             self._deliver(record)

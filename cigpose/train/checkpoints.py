@@ -4,10 +4,10 @@
         step-000001200/
             state.safetensors   tensors
             state.json          everything else
-            manifest.json       size and sha256 of the two; written last
+            complete.json       size and sha256 of the two; written last
         weights-000001000.safetensors
 
-A checkpoint without a manifest, or whose files have other sizes, does not exist: a half-written one is never picked. On
+A checkpoint without complete.json, or whose files have other sizes, does not exist: a half-written one is never picked. On
 a local disk a checkpoint is also written under another name and renamed when whole.
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cigpose.data.remote import S3_ENDPOINTS
 
-STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "complete.json"
 
 
 class CheckpointError(RuntimeError):
@@ -119,7 +119,7 @@ class CheckpointStore:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for file, expected in manifest["files"].items():
                 if (found := _facts(folder / file)) != expected:
-                    raise CheckpointError(f"{self.address}/{name}/{file}: is {found}, the manifest says {expected}.")
+                    raise CheckpointError(f"{self.address}/{name}/{file}: is {found}, {MANIFEST} says {expected}.")
             tensors = safetensors.torch.load_file(folder / STATE)
             return tensors, json.loads((folder / VALUES).read_text(encoding="utf-8"))
 

@@ -22,6 +22,8 @@ from cigpose.train.optim import EMA
 INFLUENTIAL = ("seed", "keypoints", "model", "augmentation", "train", "evaluate")
 """Sections of params.yaml that a training depends on, apart from its data."""
 HARMLESS = (
+    "train.channels_last",
+    "train.compile",
     "train.cluster.use_gpu",
     "train.cluster.threads_per_worker",
     "train.cluster.max_failures",
@@ -34,7 +36,7 @@ HARMLESS = (
     "train.loader.verify",
     "evaluate.batch",
 )
-"""What may change while a run is under way: where it runs, not what it computes."""
+"""What may change while a run is under way: where and how it runs, not what it computes."""
 
 
 @dataclass
