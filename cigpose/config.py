@@ -40,6 +40,13 @@ class DownloadConfig:
     drive_ids: dict[str, str] = field(default_factory=dict)
     """File -> Google Drive id, for files handed out personally (UBody)."""
 
+    def __post_init__(self) -> None:
+        for name in ("parallel_files", "timeout_s", "max_attempts"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        for key in self.sources:
+            plain = key not in ("", ".", "..") and not set(key) & set("/\\")
+            _require(plain, f"sources: {key!r} is no name of a folder under data/raw.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderConfig:

@@ -17,6 +17,7 @@ from cigpose.data import download
 from cigpose.data.board import human_bytes
 from cigpose.data.download import DownloadError, fetch
 from cigpose.data.sources import TABLE, SourceFile, drive_url, table_of
+from cigpose.schema import ConfigError, from_mapping
 
 CONTENT = json.dumps({"images": list(range(20_000))}).encode()
 OTHER = json.dumps({"images": list(range(19_999, -1, -1))}).encode()
@@ -320,6 +321,21 @@ def test_a_mistake_in_params_is_told_before_anything_is_fetched(room: Room, host
         room.fetch(row("a.json", host.put("/a.json", CONTENT)), **options)
     assert message in str(error.value)
     assert host.requests == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param({"sources": {"../coco": []}}, "sources: '../coco' is no name of a folder", id="folder"),
+        pytest.param({"sources": {}, "timeout_s": 0}, "timeout_s must be positive, got 0", id="time-out"),
+        pytest.param({"sources": {}, "parallel_files": 0}, "parallel_files must be positive, got 0", id="files"),
+        pytest.param({"sources": {}, "max_attempts": -1}, "max_attempts must be positive, got -1", id="attempts"),
+    ],
+)
+def test_a_number_or_key_that_makes_no_sense_is_refused_with_its_path(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_mapping(DownloadConfig, values, "data.download")
+    assert str(error.value).startswith(f"data.download.{message}")
 
 
 def test_an_unknown_name_names_the_nearest(room: Room) -> None:
