@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -78,6 +79,7 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     run_info = read_json(root / MODEL / "run.json")
     evaluation = read_evaluation(config, root)
     address = tracking.tracking_address(config)
+    mlflow.set_tracking_uri(address)  # a sqlite registry looks logged models up at the global address
     client = tracking.connect(address)
     run_id = training_run(client, config, str(run_info["run_id"]), address)
     log_results(client, run_id, evaluation, root)

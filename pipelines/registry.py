@@ -15,6 +15,7 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from cigpose.config import Config
 from pipelines.lineage import digest_of
@@ -164,6 +165,8 @@ class Registry:
             description=description,
             model_id=model_id,
         )
+        link = [{"name": self.model, "version": version.version}]  # what the page of the logged model shows
+        self._client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(link)})
         return int(version.version)
 
     def by_alias(self, alias: str) -> ModelVersion | None:

@@ -34,7 +34,9 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
     """A project folder as the working directory, with an empty MLflow database and no address from outside."""
     for name in OUTSIDE:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a test leaves behind is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     folder = tmp_path / "project"
     folder.mkdir()
@@ -93,6 +95,7 @@ def trained(project: Path) -> Callable[..., str]:
             _write_json(project / f"data/shards/{name}/index.json", shard_index(name, images))
         picture = np.full((60, 80, 3), 7 * seed, np.uint8)
         cv2.imwrite(str(project / "data/report/pictures/page-00.jpg"), picture)
+        (project / "data/report/model.onnx").write_bytes(b"made by the evaluation")
         (project / "data/report/report.md").write_text("# Report\n")
         figures = {"whole": {"AP": whole_ap, "AR": whole_ap}, "body": {"AP": 0.8, "AR": 0.8}}
         _write_json(project / "data/metrics/evaluate.json", figures)

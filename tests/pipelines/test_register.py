@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cigpose.config import Config, config_from_mapping
+from pipelines import register, tracking
+from pipelines.registry import Evaluation, Registry, decide, protocol_of
+
+MODEL = "cigpose-quickstart"
+
+
+def evaluation(
+    ap: float, data: str = "d1", protocol: str = '{"flip_test": true}', metric: str = "whole/AP"
+) -> Evaluation:
+    return Evaluation(metrics={metric: ap, "body/AP": 0.9}, data=data, protocol=protocol)
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "margin", "verdict", "text"),
+    [
+        (evaluation(0.5), None, 0.0, "first", "version 2 is the first champion, with whole/AP 0.5000."),
+        (evaluation(0.6), evaluation(0.5), 0.0, "better", "new champion: whole/AP 0.6000 against 0.5000 of version 1"),
+        (evaluation(0.4), evaluation(0.5), 0.0, "not_better", "stays challenger: whole/AP 0.4000 against 0.5000"),
+        (evaluation(0.5), evaluation(0.5), 0.0, "not_better", "margin 0."),
+        (evaluation(0.505), evaluation(0.5), 0.01, "not_better", "margin 0.01"),
+        (evaluation(0.52), evaluation(0.5), 0.01, "better", "margin 0.01"),
+        (
+            evaluation(0.9, data="d2"),
+            evaluation(0.5),
+            0.0,
+            "not_comparable",
+            "evaluated on other people (data d1, here d2)",
+        ),
+        (
+            evaluation(0.9, protocol='{"flip_test": false}'),
+            evaluation(0.5),
+            0.0,
+            "not_comparable",
+            "another protocol (flip_test True, here False)",
+        ),
+        (evaluation(0.9), evaluation(0.5, metric="foot/AP"), 0.0, "not_comparable", "it has no whole/AP"),
+    ],
+    ids=[
+        "first",
+        "better",
+        "worse",
+        "equal",
+        "within margin",
+        "beyond margin",
+        "other people",
+        "other protocol",
+        "other metric",
+    ],
+)
+def test_who_becomes_champion(challenger, champion, margin, verdict, text) -> None:
+    decision = decide(2, challenger, (1, champion) if champion else None, "whole/AP", margin)
+    assert decision.verdict == verdict
+    assert text in decision.text
+    assert decision.promotes == (verdict in ("first", "better"))
+
+
+def test_the_champion_is_not_compared_with_itself() -> None:
+    decision = decide(3, evaluation(0.5), (3, evaluation(0.5)), "whole/AP", 0.0)
+    assert decision.verdict == "is_champion"
+    assert not decision.promotes
+
+
+def test_an_evaluation_survives_the_tags_of_a_version() -> None:
+    kept = Evaluation.from_tags({"git.revision": "abc", **evaluation(0.25).tags()})
+    assert kept == evaluation(0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_same"), [("batch", 7, True), ("metric", "body/AP", True), ("flip_test", True, False)]
+)
+def test_the_protocol_holds_what_changes_figures(config: Config, name: str, value: object, is_same: bool) -> None:
+    values = config.to_mapping()
+    changed = config_from_mapping(values | {"evaluate": values["evaluate"] | {name: value}})
+    assert (protocol_of(changed) == protocol_of(config)) is is_same
+
+
+@pytest.fixture
+def client(project: Path) -> MlflowClient:
+    return tracking.connect(f"sqlite:///{project}/mlflow.db")
+
+
+def aliases(client: MlflowClient) -> dict[str, int]:
+    return {name: int(version) for name, version in client.get_registered_model(MODEL).aliases.items()}
+
+
+@pytest.mark.slow
+def test_a_sequence_of_models(project: Path, trained, config: Config, client: MlflowClient) -> None:
+    """First, better, worse, the first again, and one evaluated on other people."""
+    trained(config, seed=1, whole_ap=0.5)
+    first = register.register(config, project)
+    assert (first["version"], first["alias"], first["decision"]) == (1, "champion", "first")
+    assert aliases(client) == {"champion": 1}
+
+    trained(config, seed=2, whole_ap=0.6)
+    better = register.register(config, project)
+    assert (better["version"], better["alias"], better["decision"]) == (2, "champion", "better")
+    assert better["champion"] == {"version": 1, "value": 0.5}
+    assert aliases(client) == {"champion": 2}
+
+    trained(config, seed=3, whole_ap=0.55)
+    worse = register.register(config, project)
+    assert (worse["version"], worse["alias"], worse["decision"]) == (3, "challenger", "not_better")
+    tags = client.get_model_version(MODEL, "3").tags
+    assert (tags["decision"], tags["decision.value"], tags["decision.champion_value"]) == (
+        "not_better",
+        "0.550000",
+        "0.600000",
+    )
+    assert aliases(client) == {"champion": 2, "challenger": 3}
+
+    again = register.register(config, project)
+    assert again == worse
+    assert len(client.search_model_versions(f"name = '{MODEL}'")) == 3
+
+    trained(config, seed=4, whole_ap=0.9, images=200)
+    other = register.register(config, project)
+    assert (other["alias"], other["decision"]) == ("challenger", "not_comparable")
+    assert "other people" in other["decision_text"]
+    assert aliases(client) == {"champion": 2, "challenger": 4}
+
+
+@pytest.mark.slow
+def test_a_registered_model_is_complete(project: Path, trained, config: Config, client: MlflowClient, capsys) -> None:
+    (project / "dvc.lock").write_text(
+        "stages:\n  shard@rendered-val:\n    outs:\n    - path: data/shards/rendered-val\n      md5: 77.dir\n"
+    )
+    run_id = trained(config, seed=1, whole_ap=0.61)
+    (project / "data/report/model.onnx").unlink()  # so that it is exported here
+    assert register.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "version 1, alias champion: models:/cigpose-quickstart@champion" in printed
+    assert "whole" in printed and "0.610" in printed and "data/report/pictures" in printed and "make ui" in printed
+
+    version = client.get_model_version_by_alias(MODEL, "champion")
+    assert version.run_id == run_id
+    assert version.tags["whole/AP"] == "0.610000"
+    assert version.tags["keypoints"] == "coco_wholebody"
+    assert {
+        "data.rendered-train",
+        "data.rendered-val",
+        "git.revision",
+        "dvc.lock",
+        "evaluation.data",
+    } <= version.tags.keys()
+    assert "| whole | 0.610 |" in (version.description or "")
+
+    folder = Path(
+        client.get_logged_model(version.source.removeprefix("models:/")).artifact_location.removeprefix("file://")
+    )
+    for name in ("model.safetensors", "model.onnx", "params.yaml", "keypoints.json", "metrics.json", "dvc.lock"):
+        assert (folder / "artifacts" / name).stat().st_size > 0, name
+    assert (folder / "README.md").read_text() == version.description
+    assert (folder / "artifacts/pictures/page-00.jpg").is_file()
+    assert (folder / "code/cigpose/config.py").is_file()
+    assert len(json.loads((folder / "artifacts/keypoints.json").read_text())["names"]) == 133
+    lineage = json.loads((folder / "artifacts/lineage.json").read_text())
+    assert lineage["datasets"]["rendered-val"]["dvc_md5"] == "77.dir"
+    assert any(line.startswith("torch==2.") for line in (folder / "requirements.txt").read_text().splitlines())
+
+    run = client.get_run(run_id)
+    assert run.data.metrics["evaluate/whole/AP"] == 0.61
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(run_id, "evaluation/pictures")] == [
+        "evaluation/pictures/page-00.jpg"
+    ]
+    assert register.main(["--show"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_the_same_weights_evaluated_in_another_way_keep_their_version(
+    project: Path, trained, config: Config, client: MlflowClient
+) -> None:
+    """So a champion is made comparable again: evaluate it as its challengers are, and register it once more."""
+    trained(config, seed=1, whole_ap=0.5)
+    register.register(config, project)
+    (project / "data/metrics/evaluate.json").write_text(json.dumps({"whole": {"AP": 0.45}}))
+    registered = register.register(config, project)
+    assert (registered["version"], registered["decision"]) == (1, "is_champion")
+    assert Evaluation.from_tags(client.get_model_version(MODEL, "1").tags).metrics["whole/AP"] == 0.45
+
+
+def test_nothing_is_registered_without_the_metric_to_compare_by(project: Path, trained, config: Config, capsys) -> None:
+    trained(config, seed=1, whole_ap=0.5)
+    (project / "data/metrics/evaluate.json").write_text(json.dumps({"body": {"AP": 0.45}}))
+    assert register.main([]) == 1
+    assert "data/metrics/evaluate.json: no whole/AP (evaluate.metric)" in capsys.readouterr().err
+
+
+def test_a_run_that_mlflow_does_not_have_is_named(project: Path, trained, config: Config, capsys) -> None:
+    trained(config, seed=1, whole_ap=0.5)
+    (project / "data/model/run.json").write_text(json.dumps({"run_id": "0" * 32}))
+    assert register.main([]) == 1
+    error = capsys.readouterr().err
+    assert f"has no run {'0' * 32}" in error
+    assert "mlflow.db" in error
+
+
+@pytest.mark.parametrize(
+    "missing", ["data/model/run.json", "data/metrics/evaluate.json", "data/shards/rendered-val/index.json"]
+)
+def test_a_missing_input_is_named(project: Path, trained, config: Config, capsys, missing: str) -> None:
+    trained(config, seed=1, whole_ap=0.5)
+    (project / missing).unlink()
+    assert register.main([]) == 1
+    assert f"{missing}: not found" in capsys.readouterr().err
+
+
+def test_no_champion_alias_means_no_champion(project: Path, client: MlflowClient) -> None:
+    registry = Registry(client, "nobody")
+    registry.ensure("")
+    assert registry.by_alias("champion") is None
+    assert registry.find("a", "b") is None
+
+
+@pytest.mark.slow
+def test_a_registry_elsewhere_is_used_alone(project: Path, trained, make_config, client: MlflowClient) -> None:
+    (project / "mlflow.db").rename(project / "elsewhere.db")
+    config = make_config(tracking_uri=f"sqlite:///{project}/elsewhere.db")
+    trained(config, seed=1, whole_ap=0.5)
+    assert register.register(config, project)["version"] == 1
+    assert not (project / "mlflow.db").exists()
