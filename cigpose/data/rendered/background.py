@@ -11,11 +11,12 @@ from cigpose.data.rendered.appearance import CLOTH_COLORS
 from cigpose.data.rendered.paint import Color, noise_field
 
 WALLS = np.array(
-    [(214, 208, 196), (196, 202, 204), (186, 192, 180), (206, 192, 178), (168, 178, 188), (222, 218, 210), (156, 150, 146),
-     (178, 160, 146), (134, 146, 150)], float
+    [(214, 208, 196), (196, 202, 204), (186, 192, 180), (206, 192, 178), (168, 178, 188), (222, 218, 210),
+     (156, 150, 146), (178, 160, 146), (134, 146, 150)], float
 )  # fmt: skip
 FLOORS = np.array(
-    [(150, 118, 88), (122, 92, 68), (172, 146, 112), (128, 126, 124), (160, 156, 150), (96, 88, 84), (110, 112, 118)], float
+    [(150, 118, 88), (122, 92, 68), (172, 146, 112), (128, 126, 124), (160, 156, 150), (96, 88, 84),
+     (110, 112, 118)], float
 )  # fmt: skip
 GREENS = np.array([(78, 104, 64), (96, 118, 74), (60, 88, 60), (112, 126, 84), (120, 112, 70)], float)
 Item = Callable[[np.ndarray, np.random.Generator, int], None]
@@ -23,7 +24,7 @@ Item = Callable[[np.ndarray, np.random.Generator, int], None]
 
 def draw_background(rng: np.random.Generator, width: int, height: int, clutter: float) -> tuple[np.ndarray, int]:
     """A background and the row of its horizon, where wall or sky meets the floor."""
-    image = np.empty((height, width, 3), np.uint8)
+    image: np.ndarray = np.empty((height, width, 3), np.uint8)
     horizon = int(height * rng.uniform(0.5, 0.82))
     inside = rng.random() < 0.68
     (_room if inside else _outdoors)(image, rng, horizon)
@@ -156,7 +157,7 @@ def _frame(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
 
 
 def _window(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
-    height, width = image.shape[:2]
+    width = image.shape[1]
     w, h = width * rng.uniform(0.15, 0.3), horizon * rng.uniform(0.4, 0.7)
     x, y = rng.uniform(-0.1 * width, width - 0.5 * w), horizon * rng.uniform(0.03, 0.2)
     _box(image, x, y, w, h, (232, 230, 226))

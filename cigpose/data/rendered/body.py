@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cigpose.data.rendered.face import HeadPainter, convex_hull
 from cigpose.data.rendered.hand import paint_hand
-from cigpose.data.rendered.paint import Canvas, Panel, Patch, along, ramp
+from cigpose.data.rendered.head import HeadPainter
+from cigpose.data.rendered.paint import Canvas, Panel, Patch, along, convex_hull, ramp
 
 if TYPE_CHECKING:
     from cigpose.data.rendered.figure import Figure
@@ -30,7 +30,8 @@ _CHEST = ramp(
 )  # fmt: skip
 _HIPS = ramp((0, 0.05), (0.1, 0.087), (0.2, 0.095), (0.3, 0.089), (0.45, 0.08), (0.6, 0.06), (1, 0), steps=STEPS)
 _DEPTH = ramp(
-    (0, 0.05), (0.12, 0.066), (0.22, 0.068), (0.45, 0.057), (0.72, 0.069), (0.86, 0.056), (0.94, 0.042), (1, 0.034), steps=STEPS
+    (0, 0.05), (0.12, 0.066), (0.22, 0.068), (0.45, 0.057), (0.72, 0.069), (0.86, 0.056), (0.94, 0.042), (1, 0.034),
+    steps=STEPS,
 )  # fmt: skip
 
 # The foot in statures from the ankle: outwards, down, backwards.
@@ -204,10 +205,10 @@ def _arm(canvas: Canvas, figure: Figure, side: str) -> list[Part]:
     for part, (start, end, radius) in enumerate(((shoulder, elbow, _UPPER_ARM), (elbow, wrist, _FOREARM))):
         size, color, fold = _dress(radius, bare, part, looks.sleeve, _loose(looks.sleeve), looks.top, stripes)
         parts.append(_loft(canvas, start, end, size * scale, color, fold, looks.texture + part))
-    points, size = figure.hands[side], figure.hand_size
+    hand, length = figure.hands[side], figure.hand_size
     palm_seen = bool(getattr(figure.person.pose, f"{side}_arm").frame[2, 2] < 0)
-    depth = float(points[:, 2].mean()) - 0.3 * size
-    parts.append(Part(depth, lambda: paint_hand(canvas, points, size, looks.skin, palm_seen)))
+    depth = float(hand[:, 2].mean()) - 0.3 * length
+    parts.append(Part(depth, lambda: paint_hand(canvas, hand, length, looks.skin, palm_seen)))
     return parts
 
 

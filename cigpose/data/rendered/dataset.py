@@ -40,7 +40,8 @@ def render_dataset(config: RenderConfig, folder: Path, *, processes: int | None 
     folder.mkdir(parents=True, exist_ok=True)
     processes = min(processes or _cores(), config.num_images)
     width, height = config.image_size
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     archive = folder / "images.zip.part"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file, _renderer(config, processes) as rendered:
         bar = progress(rendered, total=config.num_images, desc=f"render {folder.name}", unit="image")
@@ -73,7 +74,7 @@ def _cores() -> int:
 @contextmanager
 def _renderer(config: RenderConfig, processes: int) -> Iterator[Iterator[Rendered]]:
     """The pictures in order, drawn by one or more processes."""
-    draw = partial(_render_jpeg, config)
+    draw = partial(render_jpeg, config)
     if processes <= 1:
         yield map(draw, range(config.num_images))
         return
@@ -86,7 +87,8 @@ def _single_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def _render_jpeg(config: RenderConfig, index: int) -> Rendered:
+def render_jpeg(config: RenderConfig, index: int) -> Rendered:
+    """Picture number `index` as JPEG bytes, with its annotations without ids."""
     picture, persons = render_image(config, index)
     ok, jpeg = cv2.imencode(
         ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.jpeg_quality]

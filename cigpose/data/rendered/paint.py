@@ -25,9 +25,9 @@ Color = Sequence[float] | np.ndarray
 @functools.lru_cache(maxsize=8)
 def noise_field(height: int, width: int, sigma: float, seed: int) -> np.ndarray:
     """(height, width) float32 smooth noise of unit variance, always the same for the same arguments."""
-    noise = np.random.default_rng(seed).standard_normal((height, width)).astype(np.float32)
-    noise = cv2.GaussianBlur(noise, (0, 0), sigma)
-    field = noise / noise.std()
+    raw = np.random.default_rng(seed).standard_normal((height, width)).astype(np.float32)
+    noise = np.asarray(cv2.GaussianBlur(raw, (0, 0), sigma), np.float32)
+    field: np.ndarray = noise / noise.std()
     field.setflags(write=False)
     return field
 
@@ -319,3 +319,8 @@ def ramp(*stops: tuple[float, float], steps: int) -> np.ndarray:
 def along(steps: int) -> np.ndarray:
     """(steps,) positions from 0 to 1."""
     return np.linspace(0, 1, steps)
+
+
+def convex_hull(points: np.ndarray) -> np.ndarray:
+    """Corners of the convex hull of points (N, 2)."""
+    return cv2.convexHull(points.astype(np.float32))[:, 0].astype(np.float64)

@@ -89,7 +89,7 @@ def _cast_figures(rng: np.random.Generator, config: RenderConfig, horizon: int) 
     width, height = config.image_size
     shares = np.array([0.52, 0.32, 0.16] + [0.1] * max(config.max_persons - 3, 0))[: config.max_persons]
     count = 1 + int(rng.choice(len(shares), p=shares / shares.sum()))
-    slots = (rng.permutation(count) + 0.5 + rng.uniform(-0.22, 0.22, count)) / count
+    slots = (rng.permutation(count) + 0.5 + rng.uniform(-0.42, 0.42, count)) / count
     figures = []
     for slot in slots:
         person = sample_person(rng)
@@ -146,8 +146,10 @@ def _seat(canvas: Canvas, rng: np.random.Generator, figure: Figure) -> None:
     color = np.clip(np.array((132, 108, 86)) * rng.uniform(0.5, 1.4) + rng.normal(0, 14, 3), 20, 235)
     with_back = bool(rng.random() < 0.4)
     corners = np.array([(x, y, z) for x in (-wide, wide) for y in (top, bottom) for z in (front, back)])
-    faces = [((0, 1, 5, 4), (0, -1, 0)), ((0, 1, 3, 2), (-1, 0, 0)), ((4, 5, 7, 6), (1, 0, 0)), ((0, 2, 6, 4), (0, 0, -1)),
-             ((1, 3, 7, 5), (0, 0, 1))]  # fmt: skip
+    faces = [
+        ((0, 1, 5, 4), (0, -1, 0)), ((0, 1, 3, 2), (-1, 0, 0)), ((4, 5, 7, 6), (1, 0, 0)), ((0, 2, 6, 4), (0, 0, -1)),
+        ((1, 3, 7, 5), (0, 0, 1)),
+    ]  # fmt: skip
     canvas.begin_person()
     pixels = figure.placement.project(corners @ pose.pelvis.T)[:, :2]
     rest = figure.placement.project(
