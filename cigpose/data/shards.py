@@ -138,8 +138,8 @@ def write_dataset(
     """Make the shards of one dataset of params.yaml.
 
     Everything is written to `<out_root>/<key>.partial`, which becomes `<out_root>/<key>` when it is complete. A run
-    that was killed leaves the partial folder; the next run keeps its finished shards if sources and parameters are the
-    same.
+    that was killed leaves the partial folder, and the next keeps its finished shards if sources and parameters are the
+    same; one that fails leaves nothing.
 
     Args:
         config: the experiment.
@@ -151,6 +151,7 @@ def write_dataset(
     Raises:
         DataError: unknown key, unreadable file, more bad samples than allowed, or no person at all.
         FileNotFoundError: a raw file is missing.
+        ChildProcessError: a process of several was killed.
     """
     if key not in config.data.datasets:
         raise DataError(f"data.datasets: no dataset {key!r}. There are: {', '.join(config.data.datasets)}.")
@@ -161,9 +162,15 @@ def write_dataset(
     raw = Path(raw_root) / dataset.raw
     sources = _source_paths(dataset, raw)
     _prepare(partial, _fingerprint(config, key, sources))
-    with ThreadPoolExecutor(1) as thread:
-        digests = thread.submit(_digests, raw, sources)
-        index = _write(config, key, raw, partial, digests, progress)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            digests = thread.submit(_digests, raw, sources)
+            index = _write(config, key, raw, partial, digests, progress)
+    except ChildProcessError:
+        raise
+    except (ValueError, OSError):
+        shutil.rmtree(partial, ignore_errors=True)  # the input must change, and then nothing of it can be kept
+        raise
     _publish(partial, Path(out_root) / key)
     return index
 
@@ -289,7 +296,7 @@ def _run(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterator[t
             for done, future in waiting:
                 yield done, future.result()
         except BrokenProcessPool as err:
-            raise DataError(
+            raise ChildProcessError(
                 f"{jobs[0].path.parent}: a sharding process was killed (out of memory?). Run again: finished shards "
                 "are kept; fewer data.sharding.processes need less memory."
             ) from err

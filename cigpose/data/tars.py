@@ -204,10 +204,13 @@ class _TarWriter:
     def _write(self, pieces: list[bytes | memoryview]) -> None:
         # One call for a whole sample; a full disk may cut it short, and writing the rest then says so.
         expected = sum(map(len, pieces))
-        written = os.writev(self._file.fileno(), pieces)
-        rest = memoryview(b"".join(pieces))[written:] if written < expected else memoryview(b"")
-        while rest:
-            rest = rest[os.write(self._file.fileno(), rest) :]
+        try:
+            written = os.writev(self._file.fileno(), pieces)
+            rest = memoryview(b"".join(pieces))[written:] if written < expected else memoryview(b"")
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError as err:
+            raise OSError(err.errno, f"{err.strerror} after {self._size} bytes", self._file.name) from err
         for piece in pieces:
             self._digest.update(piece)
         self._size += expected

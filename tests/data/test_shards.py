@@ -213,6 +213,22 @@ def test_a_run_that_fails_keeps_the_dataset_of_the_run_before(raw: Path, sharder
     assert tree(sharder.folder) == before
 
 
+def test_a_full_disk_is_said_with_the_file(raw: Path, sharder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "writev", full)
+    with pytest.raises(OSError, match=r"No space left on device after 0 bytes: .*people-00000.tar.part"):
+        sharder(raw, **OWN)
+    assert not list(sharder.root.glob("*"))
+
+
+def test_a_write_cut_short_is_finished(raw: Path, sharder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sharder(raw, **OWN).shards
+    monkeypatch.setattr(os, "writev", lambda file, pieces: os.write(file, b"".join(pieces)[:100]))
+    assert sharder(raw, **OWN).shards == expected
+
+
 def test_verify_notices_every_change(raw: Path, sharder: Any) -> None:
     sharder(raw, sharding={"images_per_shard": 3}, ground_truth=True, **OWN)
     path = sharder.folder / "people-00001.tar"

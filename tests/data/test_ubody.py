@@ -118,12 +118,9 @@ def test_a_cut_clip_is_noticed(mirror: Path) -> None:
     frames = extract_frames(mirror / "bad" / "cut_faststart_Speech_S1_Trim1.mp4", [0, 20, 50, 60], 95)
     assert isinstance(frames[0], bytes)
     assert isinstance(frames[20], bytes)
-    assert re_match(frames[50], "claims 60 frames, only 28 can be decoded; it is cut")
+    assert isinstance(frames[50], DataError)
+    assert "claims 60 frames, only 28 can be decoded; it is cut" in str(frames[50])
     assert frames[60] is None
-
-
-def re_match(value: object, text: str) -> bool:
-    return isinstance(value, DataError) and text in str(value)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +149,7 @@ def test_a_broken_clip_is_one_clear_sentence_unless_tolerated(
     with pytest.raises(ValueError, match=sentence) as error:
         ubody(raw, **options)
     assert "\n" not in str(error.value)
-    assert not sharder.folder.exists()
+    assert not list(sharder.root.glob("*"))
     index = ubody(raw, sharding={"max_bad_share": 0.9}, **options)
     assert index.bad["count"] > 0
     assert index.persons > 0
