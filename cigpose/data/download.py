@@ -27,7 +27,15 @@ from cigpose.config import DownloadConfig
 from cigpose.data.board import Board, human_bytes
 from cigpose.data.fetcher import DownloadError, Fetcher, Job
 from cigpose.data.integrity import Expected, IntegrityError, check_file
-from cigpose.data.manifest import Entry, MirrorIndex, entry_of, read_manifest, read_mirror_index, write_manifest
+from cigpose.data.manifest import (
+    MANIFEST,
+    Entry,
+    MirrorIndex,
+    entry_of,
+    read_manifest,
+    read_mirror_index,
+    write_manifest,
+)
 from cigpose.data.sources import TABLE, SourceFile, drive_url
 from cigpose.data.transfer import PartialFile
 from cigpose.data.web import Patience
@@ -74,7 +82,7 @@ def fetch(
             recorded = read_manifest(folder)
             index = _mirror_index(options, patience, say) if sources else None
             jobs = [_plan(source, folder, options, index, recorded) for source in sources]
-            missing = [job for job in jobs if not _is_in_place(job, options)]
+            missing = [job for job in jobs if not _is_in_place(job)]
             _announce(folder, jobs, missing, index, options, say)
             _check_disk(folder, missing)
             entries = _verify([job for job in jobs if job not in missing])
@@ -143,7 +151,7 @@ def _plan(
         expected = _published(source)
     if expected.sha256 is None and expected.md5 is None and source.name in recorded:
         before = recorded[source.name]
-        expected = Expected(bytes=before.bytes, sha256=before.sha256, authority=f"recorded in {folder}/manifest.json")
+        expected = Expected(bytes=before.bytes, sha256=before.sha256, authority=f"recorded in {folder / MANIFEST}")
     return Job(source=source, target=folder / source.name, urls=urls, expected=expected)
 
 
@@ -151,7 +159,7 @@ def _published(source: SourceFile) -> Expected:
     return Expected(bytes=source.bytes, sha256=source.sha256, md5=source.md5)
 
 
-def _is_in_place(job: Job, options: DownloadConfig) -> bool:
+def _is_in_place(job: Job) -> bool:
     """Whether a file is there (and may be verified); if not, whether it could be fetched."""
     target, name = job.target, job.source.name
     if target.is_dir():

@@ -13,7 +13,7 @@ from cigpose.config import DownloadConfig
 from cigpose.data.board import Board, human_bytes
 from cigpose.data.drive import is_drive
 from cigpose.data.integrity import Expected, IntegrityError, check_file
-from cigpose.data.manifest import Entry, entry_of
+from cigpose.data.manifest import MANIFEST, Entry, entry_of
 from cigpose.data.sources import SourceFile
 from cigpose.data.transfer import PartialFile, StoppedError, Transfer
 from cigpose.data.web import Patience, TransferError
@@ -148,6 +148,10 @@ class Fetcher:
     def _advice(self, job: Job, reasons: Sequence[str]) -> str:
         """What to do when no host gives a file."""
         by_hand = f"put it at {job.target}"
+        differs = any("wrong file" in reason or "announces" in reason for reason in reasons)
+        if differs and "recorded" in job.expected.authority:
+            record = job.target.with_name(MANIFEST)
+            return f"If its authors changed the file, delete {record} to record it anew; or {by_hand}."
         if self.options.mirror is not None:
             return f"Mend the mirror (its manifest.json or SHA256SUMS decides what is right), or {by_hand}."
         if is_drive(job.urls[-1]) or any("Drive" in reason for reason in reasons):
