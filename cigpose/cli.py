@@ -12,7 +12,7 @@ from cigpose import config as configuration
 from cigpose.params_file import write_params
 
 # Subcommands that live with the code they run; each module has `add_parser(subparsers)`.
-COMMANDS: tuple[str, ...] = ("cigpose.data.inspect",)
+COMMANDS: tuple[str, ...] = ("cigpose.data.inspect", "cigpose.evaluate.command", "cigpose.deploy.command")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,10 +61,10 @@ def _presets(options: argparse.Namespace) -> None:
         published = config.published
         print(
             f"{name:<36} {height:>4} x{width:>3} {len(config.keypoint_set):>4} {size.parameters / 1e6:>7.1f}M "
-            f"{size.multiply_adds / 1e9:>7.1f} {published.ap if published else '-':>5}  "
+            f"{size.multiply_adds_edgewise / 1e9:>7.1f} {published.ap if published else '-':>5}  "
             f"{published.source if published else ''}".rstrip()
         )
-    print("\nGFLOPs are multiply-adds of one forward pass, in billions. `cigpose use NAME` writes params.yaml.")
+    print("\nGFLOPs are multiply-adds of one forward pass, in billions, counted as published. `cigpose use NAME` writes params.yaml.")
 
 
 def _use(options: argparse.Namespace) -> None:

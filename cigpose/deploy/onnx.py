@@ -34,10 +34,11 @@ TOLERANCE = 1e-4
 """Largest difference between onnxruntime and torch, relative to the largest output. Sums of a few thousand float32
 products in another order differ by about 1e-5; a wrong operator differs by more than 0.1."""
 
-TIED_SHARE = 0.01
-"""Share of decoded keypoints that may lie elsewhere: where two bins are equally likely, rounding picks one."""
+TIED_SHARE = 0.25
+"""Share of crops that may differ by more. CIM replaces the least certain keypoint; where two are equally uncertain,
+rounding picks one, and every logit of that person follows. (A wrong operator is wrong in every crop.)"""
 
-_CHECK_BATCHES = (1, 3)
+_CHECK_BATCHES = (1, 3, 12)
 
 
 class _Logits(nn.Module):
@@ -194,19 +195,29 @@ def _example(config: Config, batch: int, decoded: bool, seed: int = 0) -> Tensor
 @torch.inference_mode()
 def _compare(module: nn.Module, file: Path, path: Path, config: Config, tolerance: float, *, decoded: bool) -> None:
     session = _session(file)
+    names = [output.name for output in session.get_outputs()]
+    worst = []
     for batch in _CHECK_BATCHES:
         example = _example(config, batch, decoded, seed=batch)
         expected = [tensor.numpy() for tensor in module(example)]
-        names = [output.name for output in session.get_outputs()]
         found = session.run(names, {session.get_inputs()[0].name: example.numpy()})
-        for name, ours, theirs in zip(names, found, expected, strict=True):
-            away = np.abs(ours - theirs) / max(float(np.abs(theirs).max()), 1e-12)
-            difference = float(np.quantile(away, 1 - TIED_SHARE, method="lower") if name == "keypoints" else away.max())
-            if ours.shape != theirs.shape or not difference <= tolerance:
+        differences = []
+        for ours, theirs in zip(found, expected, strict=True):
+            if ours.shape != theirs.shape:
                 raise ValueError(
-                    f"{path}: {name} of onnxruntime differs from torch by {difference:.2g} of its largest value, "
-                    f"allowed is {tolerance:.2g}. Nothing was written; try another version of torch or onnxruntime."
+                    f"{path}: onnxruntime gives shape {ours.shape}, torch {theirs.shape}. Nothing was written."
                 )
+            away = np.abs(ours - theirs).reshape(batch, -1) / max(float(np.abs(theirs).max()), 1e-12)
+            # Of decoded keypoints the median: bins may tie as well, and a coordinate jumps.
+            differences.append(np.median(away, axis=1) if decoded else away.max(axis=1))
+        worst.append(np.max(differences, axis=0))
+    each = np.sort(np.concatenate(worst))
+    difference = float(each[int(len(each) * (1 - TIED_SHARE)) - 1])
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{path}: onnxruntime differs from torch by {difference:.2g} of the largest output, allowed is "
+            f"{tolerance:.2g}. Nothing was written; try another version of torch or onnxruntime."
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,28 +72,79 @@ def evaluate_predictions(
         ValueError: predictions are not finite or of other images, or the labels are not of this set.
     """
     truth = load_ground_truth(ground_truth, keypoint_set, area=config.area)
+    scored = score_persons(predictions, truth, keypoint_set, config)
+    if results_path is not None:
+        write_results(results_path, scored, keypoint_set, truth.category_id)
+    metrics: dict[str, float] = {}
+    for part, members in parts_with_whole(keypoint_set).items():
+        run = run_part(scored, truth, keypoint_set, members)
+        metrics |= {f"{part}/{name}": float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
+        metrics |= {f"{part}/{name}": value for name, value in _by_crowding(scored, truth, keypoint_set, members)}
+    return metrics | _hand_means(metrics)
+
+
+def parts_with_whole(keypoint_set: KeypointSet) -> dict[str, tuple[int, ...]]:
+    """Part -> keypoints; `whole`, all of them, is added where there are several parts."""
+    parts = dict(keypoint_set.parts)
+    return parts | ({"whole": tuple(range(len(keypoint_set)))} if len(parts) > 1 else {})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredPersons:
+    """The predicted persons that are scored and written, N of them."""
+
+    people: Predictions
+    detections: np.ndarray
+    """(N, K, 3) float64 x, y in image pixels and score, rounded as they are written."""
+    scores: np.ndarray
+    """(N,) person scores."""
+    areas: np.ndarray
+    """(N,) square pixels."""
+
+
+def score_persons(
+    predictions: Predictions, truth: GroundTruth, keypoint_set: KeypointSet, config: EvaluateConfig
+) -> ScoredPersons:
+    """Repeated ids and duplicates dropped, every person scored.
+
+    Raises:
+        ValueError: predictions are not finite, of other images, or of another set.
+    """
     _check(predictions, truth, keypoint_set)
     people, scores = select_persons(predictions, keypoint_set, config)
-    rounded = np.round(people.keypoints.astype(np.float64), _COORDINATE_DECIMALS)
+    keypoints = np.round(people.keypoints.astype(np.float64), _COORDINATE_DECIMALS)
     keypoint_scores = np.round(people.keypoint_scores.astype(np.float64), _SCORE_DECIMALS)
-    detections = np.concatenate([rounded, keypoint_scores[..., None]], axis=2)  # (N, K, 3): what is scored and written
-    if results_path is not None:
-        write_results(results_path, people, detections, scores, keypoint_set, truth.category_id)
-    areas = _detection_areas(people, rounded, keypoint_set)
-    everything = tuple(range(len(keypoint_set)))
-    parts = dict(keypoint_set.parts) | ({"whole": everything} if len(keypoint_set.parts) > 1 else {})
-    metrics: dict[str, float] = {}
-    for part, members in parts.items():
-        index = np.array(members)
-        own_count = len(keypoint_set.annotation_fields) == 1 and set(members) == set(everything)
-        truths = _truth_rows(truth, index, own_count=own_count)
-        rows = _detection_rows(people, detections[:, index], scores, areas, truth.category_id)
-        sigmas = np.asarray(keypoint_set.sigmas, dtype=np.float32)[index]
-        run = _run(truth, truths, rows, sigmas, sorted(truth.images))
-        metrics |= {f"{part}/{name}": float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
-        if truth.crowd_index is not None:
-            metrics |= _by_crowding(part, truth, truths, rows, sigmas)
-    return metrics | _hand_means(metrics)
+    return ScoredPersons(
+        people=people,
+        detections=np.concatenate([keypoints, keypoint_scores[..., None]], axis=2),
+        scores=scores,
+        areas=_detection_areas(people, keypoints, keypoint_set),
+    )
+
+
+def run_part(
+    scored: ScoredPersons,
+    truth: GroundTruth,
+    keypoint_set: KeypointSet,
+    members: Sequence[int],
+    image_ids: Sequence[int] | None = None,
+) -> Any:
+    """The finished `COCOeval` of some of the keypoints, over all images or the given ones."""
+    index = np.array(members)
+    single_field = len(keypoint_set.annotation_fields) == 1 and len(index) == len(keypoint_set)
+    truths = _truth_rows(truth, index, own_count=single_field)
+    rows = _detection_rows(scored, index, truth.category_id)
+    image_ids = sorted(truth.images if image_ids is None else image_ids)
+    images = [{"id": image_id} for image_id in image_ids]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = _Evaluation(_coco(truths, images, truth.category_id), _coco(rows, images, truth.category_id), "keypoints")
+        run.params.imgIds = image_ids
+        run.params.kpt_oks_sigmas = np.asarray(keypoint_set.sigmas, dtype=np.float32)[index]
+        run.params.maxDets = [MAX_PERSONS_PER_IMAGE]
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return run
 
 
 def _check(predictions: Predictions, truth: GroundTruth, keypoint_set: KeypointSet) -> None:
@@ -142,17 +194,16 @@ def _truth_rows(truth: GroundTruth, index: np.ndarray, *, own_count: bool) -> li
     ]
 
 
-def _detection_rows(
-    people: Predictions, keypoints: np.ndarray, scores: np.ndarray, areas: np.ndarray, category_id: int
-) -> list[dict[str, Any]]:
+def _detection_rows(scored: ScoredPersons, index: np.ndarray, category_id: int) -> list[dict[str, Any]]:
     """Predictions of one part; those without a keypoint of positive score there are left out."""
+    keypoints = scored.detections[:, index]
     return [
         {
             "id": int(i) + 1,
-            "image_id": int(people.image_id[i]),
+            "image_id": int(scored.people.image_id[i]),
             "category_id": category_id,
-            "score": float(scores[i]),
-            "area": float(areas[i]),
+            "score": float(scored.scores[i]),
+            "area": float(scored.areas[i]),
             "keypoints": keypoints[i],
         }
         for i in np.flatnonzero((keypoints[..., 2] > 0).any(axis=1))
@@ -186,25 +237,6 @@ class _Evaluation(COCOeval):  # type: ignore[misc]
         return similarity
 
 
-def _run(
-    truth: GroundTruth,
-    truths: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
-    sigmas: np.ndarray,
-    image_ids: list[int],
-) -> Any:
-    images = [{"id": image_id} for image_id in image_ids]
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = _Evaluation(_coco(truths, images, truth.category_id), _coco(rows, images, truth.category_id), "keypoints")
-        run.params.imgIds = image_ids
-        run.params.kpt_oks_sigmas = sigmas
-        run.params.maxDets = [MAX_PERSONS_PER_IMAGE]
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    return run
-
-
 def _coco(annotations: list[dict[str, Any]], images: list[dict[str, Any]], category_id: int) -> COCO:
     coco = COCO()
     coco.dataset = {
@@ -217,16 +249,15 @@ def _coco(annotations: list[dict[str, Any]], images: list[dict[str, Any]], categ
 
 
 def _by_crowding(
-    part: str, truth: GroundTruth, truths: list[dict[str, Any]], rows: list[dict[str, Any]], sigmas: np.ndarray
-) -> dict[str, float]:
+    scored: ScoredPersons, truth: GroundTruth, keypoint_set: KeypointSet, members: Sequence[int]
+) -> Iterator[tuple[str, float]]:
     """AP over the images of each degree of crowding; like upstream's a plain mean, -1 entries included."""
-    crowding = truth.crowd_index or {}
-    found = {}
+    if (crowding := truth.crowd_index) is None:
+        return
     for name, (low, high) in _CROWDING.items():
-        image_ids = sorted(image_id for image_id, value in crowding.items() if low <= value < high)
-        run = _run(truth, truths, rows, sigmas, image_ids)
-        found[f"{part}/{name}"] = float(run.eval["precision"][:, :, 0, 0, 0].mean())
-    return found
+        image_ids = [image_id for image_id, value in crowding.items() if low <= value < high]
+        run = run_part(scored, truth, keypoint_set, members, image_ids)
+        yield name, float(run.eval["precision"][:, :, 0, 0, 0].mean())
 
 
 def _hand_means(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -239,14 +270,7 @@ def _hand_means(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def write_results(
-    path: str | Path,
-    people: Predictions,
-    detections: np.ndarray,
-    scores: np.ndarray,
-    keypoint_set: KeypointSet,
-    category_id: int = 1,
-) -> Path:
+def write_results(path: str | Path, scored: ScoredPersons, keypoint_set: KeypointSet, category_id: int = 1) -> Path:
     """Write a COCO result file that other tools score as `evaluate_predictions` does.
 
     Sets of several annotation fields get a field each (`foot_kpts`, ...) and its score, which is the person's in all;
@@ -255,22 +279,20 @@ def write_results(
 
     Args:
         path: the JSON file; replaced atomically.
-        people: the persons, N rows.
-        detections: (N, K, 3) x, y in image pixels and score.
-        scores: (N,) person scores.
+        scored: the persons.
         keypoint_set: the annotation fields.
         category_id: of persons.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    rows = np.flatnonzero((detections[..., 2] > 0).any(axis=1))
+    rows = np.flatnonzero((scored.detections[..., 2] > 0).any(axis=1))
     try:
         with temporary.open("w", encoding="ascii") as file:
             file.write("[")
             for count, i in enumerate(rows):
-                entry = _result_entry(people, int(i), detections[i], float(scores[i]), keypoint_set, category_id)
                 file.write(",\n" if count else "\n")
+                entry = _result_entry(scored, int(i), keypoint_set, category_id)
                 file.write(json.dumps(entry, separators=(",", ":")))
             file.write("\n]\n")
         temporary.replace(path)
@@ -279,19 +301,22 @@ def write_results(
     return path
 
 
-def _result_entry(
-    people: Predictions, i: int, detection: np.ndarray, score: float, keypoint_set: KeypointSet, category_id: int
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {"image_id": int(people.image_id[i]), "category_id": category_id, "score": score}
+def _result_entry(scored: ScoredPersons, i: int, keypoint_set: KeypointSet, category_id: int) -> dict[str, Any]:
+    score = float(scored.scores[i])
+    entry: dict[str, Any] = {
+        "image_id": int(scored.people.image_id[i]),
+        "category_id": category_id,
+        "score": score,
+    }
     start = 0
     for name, count in keypoint_set.annotation_fields.items():
-        entry[name] = detection[start : start + count].ravel().tolist()
+        entry[name] = scored.detections[i, start : start + count].ravel().tolist()
         start += count
         if name in _SCORE_FIELDS:
             entry[_SCORE_FIELDS[name]] = score
     if len(keypoint_set.annotation_fields) > 1:
         entry["wholebody_score"] = score
     elif len(keypoint_set.parts) == 1:
-        x0, y0, x1, y1 = people.bbox_xyxy[i].astype(np.float64).tolist()
+        x0, y0, x1, y1 = scored.people.bbox_xyxy[i].astype(np.float64).tolist()
         entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
     return entry

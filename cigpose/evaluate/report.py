@@ -15,7 +15,7 @@ import numpy as np
 
 from cigpose.draw import draw_poses, label_picture
 from cigpose.evaluate.charts import bars_svg, histogram_svg
-from cigpose.evaluate.coco import FIGURES
+from cigpose.evaluate.coco import FIGURES, parts_with_whole
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import KeypointSet
@@ -92,11 +92,8 @@ def pck(
     size = np.maximum(truth.bbox_xywh[pairs[:, 1], 2:].max(axis=1), 1.0)
     error = np.hypot(offset[..., 0], offset[..., 1]) / size[:, None]  # (M, K)
     labelled = labels[..., 2] > 0
-    parts = dict(keypoint_set.parts)
-    if len(parts) > 1:
-        parts["whole"] = tuple(range(len(keypoint_set)))
     table: dict[str, dict[str, float]] = {}
-    for part, members in parts.items():
+    for part, members in parts_with_whole(keypoint_set).items():
         index = list(members)
         errors = error[:, index][labelled[:, index]]
         table[part] = {f"PCK@{d:g}": float((errors <= d).mean()) if len(errors) else -1.0 for d in distances}
