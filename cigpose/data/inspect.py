@@ -30,6 +30,7 @@ def main(options: argparse.Namespace) -> None:
     Raises:
         DataError: shards that cannot be used, or of another keypoint set than the parameters'.
         FileNotFoundError: no index, shard or params.yaml.
+        ValueError: the sheet's suffix is that of no picture format.
     """
     import cv2
 
@@ -42,7 +43,11 @@ def main(options: argparse.Namespace) -> None:
     config = load_preset(options.preset) if options.preset else load_params(options.params)
     shards.check_keypoints(config.keypoint_set.name, len(config.keypoint_set))
     path = options.sheet or Path(f"{shards.index.dataset}-contact-sheet.jpg")
+    if not cv2.haveImageWriter(path.name):
+        raise ValueError(
+            f"{path}: not a kind of picture that can be written. Give --sheet a suffix such as .jpg or .png."
+        )
+    sheet = contact_sheet(shards, config, num_persons=options.persons, seed=options.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), contact_sheet(shards, config, num_persons=options.persons, seed=options.seed)):
-        raise OSError(f"{path}: cannot be written. Choose another --sheet, with a suffix such as .jpg or .png.")
+    path.write_bytes(cv2.imencode(path.suffix, sheet)[1].tobytes())
     print(f"\n{path}: each person as cut out for evaluation, then as augmented by stage 1 and stage 2.")
