@@ -1,8 +1,8 @@
 """Elements of the arrays of a very large JSON file, one by one, in bounded memory.
 
 The 3 GB COCO-WholeBody file is one object with a few arrays of many small objects. NumPy finds where each of these
-begins and ends; orjson parses it. That is about three times as fast as an event parser (ijson with its C backend), keeps
-the original bytes at hand, and lets one damaged element be named (NaN is not JSON) instead of ending the file.
+begins and ends; orjson parses it. That is about three times as fast as an event parser (ijson with its C backend),
+keeps the original bytes at hand, and lets one damaged element be named (NaN is not JSON) instead of ending the file.
 """
 
 from __future__ import annotations

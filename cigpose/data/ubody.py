@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -234,26 +235,39 @@ def read_frames(job: ShardJob, reader: ExtentReader) -> Iterator[tuple[Sample, b
         group, samples = samples[:run], samples[run:]
         try:
             with _as_file(reader, clip, job.path) as path:
-                frames = extract_frames(path, [_frame(sample).index for sample in group], job.jpeg_quality)
+                yield from _in_order(group, path, job.jpeg_quality)
         except DataError as err:
             yield from ((sample, err) for sample in group)
-            continue
-        for sample in group:
-            yield sample, frames[_frame(sample).index]
 
 
-def extract_frames(path: Path, wanted: list[int], quality: int) -> dict[int, bytes | DataError | None]:
-    """JPEGs of frames of the 30 fps extraction of a clip.
+def _in_order(group: list[Sample], path: Path, quality: int) -> Iterator[tuple[Sample, bytes | DataError | None]]:
+    """Frames of one clip in the order of the samples; only those that come too early wait in memory."""
+    wanted = [_frame(sample).index for sample in group]
+    waiting: dict[int, bytes | DataError | None] = {}
+    users = Counter(wanted)
+    place = 0
+    for index, jpeg in extract_frames(path, wanted, quality):
+        waiting[index] = jpeg
+        while place < len(group) and wanted[place] in waiting:
+            yield group[place], waiting[wanted[place]]
+            users[wanted[place]] -= 1
+            if not users[wanted[place]]:
+                del waiting[wanted[place]]
+            place += 1
+
+
+def extract_frames(path: Path, wanted: Iterable[int], quality: int) -> Iterator[tuple[int, bytes | DataError | None]]:
+    """JPEGs of frames of the 30 fps extraction of a clip, in ascending order.
 
     Args:
         path: of the clip.
         wanted: frames, from 0.
         quality: of the JPEGs.
 
-    Returns: for each, the JPEG; None if the clip ends before; an error if the clip claims the frame but is cut.
+    Yields: number and JPEG of each; None if the clip ends before; an error if the clip claims the frame but is cut.
 
     Raises:
-        DataError: the clip cannot be opened.
+        DataError: the clip cannot be opened; before anything is yielded.
     """
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     try:
@@ -261,25 +275,22 @@ def extract_frames(path: Path, wanted: list[int], quality: int) -> dict[int, byt
         if not capture.isOpened() or not rate > 0 or claimed <= 0:
             raise DataError(f"{path.name}: cannot be opened as a video; it is cut or damaged. Download it again.")
         fps = Fraction(rate).limit_denominator(1001)
-        frames: dict[int, bytes | DataError | None] = {}
-        shown: dict[int, list[int]] = {}
-        for index in wanted:
-            frames[index] = None
-            if index < num_extracted(claimed, fps):
-                shown.setdefault(min(source_frame(index, fps), claimed - 1), []).append(index)
-        decoded = 0
-        for source in sorted(shown):
-            while decoded < source and capture.grab():
-                decoded += 1
-            done, image = capture.read() if decoded == source else (False, None)
-            decoded += done
-            jpeg: bytes | DataError = (
-                encode_jpeg(image, quality)
-                if done and image is not None
-                else DataError(f"{path.name} claims {claimed} frames, only {decoded} can be decoded; it is cut")
-            )
-            frames |= dict.fromkeys(shown[source], jpeg)
-        return frames
+        decoded, shown = 0, -1
+        jpeg: bytes | DataError | None = None
+        for index in sorted(set(wanted)):
+            if index >= num_extracted(claimed, fps):
+                yield index, None
+                continue
+            source = min(source_frame(index, fps), claimed - 1)
+            if source != shown:
+                while decoded < source and capture.grab():
+                    decoded += 1
+                done, image = capture.read() if decoded == source else (False, None)
+                decoded += done
+                shown = source
+                jpeg = encode_jpeg(image, quality) if done and image is not None else None
+            cut = DataError(f"{path.name} claims {claimed} frames, only {decoded} can be decoded; it is cut")
+            yield index, cut if jpeg is None else jpeg
     finally:
         capture.release()
 

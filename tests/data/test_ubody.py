@@ -103,7 +103,7 @@ def test_pictures_show_the_frames_they_are_named_after(mirror: Path, tmp_path: P
     capture = cv2.VideoCapture(str(path))
     source = [capture.read()[1] for _ in range(50)]
     wanted = [2, 3, 31, 58, 59, 60]
-    frames = extract_frames(path, wanted, 95)
+    frames = dict(extract_frames(path, wanted, 95))
     assert frames.pop(60) is None, "the clip has 60 frames"
     for index, jpeg in frames.items():
         assert isinstance(jpeg, bytes)
@@ -112,10 +112,39 @@ def test_pictures_show_the_frames_they_are_named_after(mirror: Path, tmp_path: P
         assert np.argmin(error) == expected["Speech_S2_Trim2"][index]
 
 
+def test_pictures_of_a_clip_may_be_listed_in_any_order_and_twice(
+    mirror: Path, tmp_path: Path, ubody: Any, sharder: Any
+) -> None:
+    with zipfile.ZipFile(mirror / ANNOTATIONS) as archive:
+        values = json.loads(archive.read("annotations/Magic_show/keypoint_annotation.json"))
+    ubody(scenes=("Magic_show",), frame_interval=10)
+    expected = sharder.files()
+    values["images"].reverse()
+    values["images"].append({**values["images"][-1], "id": 1000})
+    values["annotations"].append({**values["annotations"][0], "id": 1000, "image_id": 1000})
+    folder = tmp_path / "annotations" / "Magic_show"
+    folder.mkdir(parents=True)
+    (folder / "keypoint_annotation.json").write_text(json.dumps(values))
+    shutil.copy(mirror / VIDEOS, tmp_path / "videos.zip")
+    ubody(
+        tmp_path,
+        ("Magic_show",),
+        frame_interval=10,
+        images="videos.zip",
+        annotations="annotations",
+        split=None,
+        split_file=None,
+    )
+    found = sharder.files()
+    assert list(found)[-2:] == ["Magic_show-00001000.jpg", "Magic_show-00001000.json"]
+    assert found["Magic_show-00001000.jpg"] == found["Magic_show-00000000.jpg"]
+    assert all(found[name] == data for name, data in expected.items() if name.endswith(".jpg"))
+
+
 def test_a_cut_clip_is_noticed(mirror: Path) -> None:
     with pytest.raises(DataError, match=r"cut_Speech_S1_Trim1.mp4: cannot be opened as a video"):
-        extract_frames(mirror / "bad" / "cut_Speech_S1_Trim1.mp4", [0], 95)
-    frames = extract_frames(mirror / "bad" / "cut_faststart_Speech_S1_Trim1.mp4", [0, 20, 50, 60], 95)
+        list(extract_frames(mirror / "bad" / "cut_Speech_S1_Trim1.mp4", [0], 95))
+    frames = dict(extract_frames(mirror / "bad" / "cut_faststart_Speech_S1_Trim1.mp4", [60, 0, 20, 50], 95))
     assert isinstance(frames[0], bytes)
     assert isinstance(frames[20], bytes)
     assert isinstance(frames[50], DataError)
