@@ -48,15 +48,11 @@ def main() -> None:
         persons.append(sum(counts) / taken)
         images.append(IMAGES / taken)
     ratio = statistics.median(1 / (rate * blur) for rate, blur in zip(persons, references, strict=True))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {CONFIG.image_size}"
-    )
-    print(
-        f"persons/s and core: median {statistics.median(persons):.0f}, best {max(persons):.0f}, worst {min(persons):.0f}"
-    )
-    print(
-        f"images/s and core:  median {statistics.median(images):.0f}, best {max(images):.0f}, worst {min(images):.0f}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; pictures of {CONFIG.image_size}")
+    for name, rates in (("persons", persons), ("images", images)):
+        middle = statistics.median(rates)
+        print(f"{name}/s and core: median {middle:.0f}, best {max(rates):.0f}, worst {min(rates):.0f}")
     print(f"one person costs {ratio:.1f} blurs of a {CONFIG.image_size} picture (sigma 3)")
     print(f"target {TARGET} persons/s and core: {'met' if max(persons) >= TARGET else 'NOT met'} by the best chunk")
 

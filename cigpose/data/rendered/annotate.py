@@ -24,6 +24,8 @@ CATEGORY = {
     "skeleton": [[a + 1, b + 1] for a, b in COCO.skeleton or COCO.edges],
 }
 
+_PARTS = (("face", FACE), ("lefthand", LEFT_HAND), ("righthand", RIGHT_HAND), ("foot", FOOT))
+
 
 def whole_visibility(labels: Labels, covered: np.ndarray, width: int, height: int) -> np.ndarray:
     """(133,) COCO visibility: 0 outside the picture, 1 hidden, 2 visible.
@@ -60,18 +62,21 @@ def annotate(
     left, top = int(columns[0]), int(rows[0])
     right, bottom = int(columns[-1]) + 1, int(rows[-1]) + 1
     points = np.round(labels.points, 2)
-    in_picture = visibility > 0
-    if in_picture.any():
-        # Joints of thin parts may lie a pixel outside the outline; the box takes them in.
-        low, high = points[visibility == 2].min(axis=0), points[visibility == 2].max(axis=0)
-        left, top = min(left, int(low[0])), min(top, int(low[1]))
-        right, bottom = max(right, int(np.ceil(high[0]))), max(bottom, int(np.ceil(high[1])))
+    # Joints of thin parts may lie a pixel outside the outline; the box takes them in.
+    low, high = points[visibility == 2].min(axis=0), points[visibility == 2].max(axis=0)
+    left, top = min(left, int(low[0])), min(top, int(low[1]))
+    right, bottom = max(right, int(np.ceil(high[0]))), max(bottom, int(np.ceil(high[1])))
     valid = {
         "face": not labels.face_turned_away and labels.head_size >= SMALLEST_FACE and _clear(judged[FACE], 0.2, 0.4),
         "lefthand": labels.hand_sizes[0] >= SMALLEST_HAND and _clear(judged[LEFT_HAND], 0.25, 0.6),
         "righthand": labels.hand_sizes[1] >= SMALLEST_HAND and _clear(judged[RIGHT_HAND], 0.25, 0.6),
         "foot": stature >= SMALLEST_STATURE and _clear(judged[FOOT], 0.15, 0.3),
     }
+    labelled = visibility.copy()
+    for part, span in _PARTS:
+        if not valid[part]:
+            labelled[span] = 0
+    flat = _flat(points, labelled)
     result: dict[str, Any] = {
         "category_id": 1,
         "iscrowd": 0,
@@ -79,14 +84,13 @@ def annotate(
         "area": float(np.count_nonzero(silhouette)),
         "segmentation": _polygons(silhouette),
         "num_keypoints": int((visibility[:17] > 0).sum()),
-        "keypoints": _flat(points[:17], visibility[:17]),
+        "keypoints": flat[: 17 * 3],
     }
-    for part, span in (("face", FACE), ("lefthand", LEFT_HAND), ("righthand", RIGHT_HAND), ("foot", FOOT)):
-        shown = visibility[span] if valid[part] else np.zeros(span.stop - span.start, int)
-        result[f"{part}_kpts"] = _flat(points[span], shown)
+    for part, span in _PARTS:
+        result[f"{part}_kpts"] = flat[span.start * 3 : span.stop * 3]
         result[f"{part}_valid"] = bool(valid[part])
         if part != "foot":
-            result[f"{part}_box"] = _box(points[span], shown)
+            result[f"{part}_box"] = _box(points[span], labelled[span])
     return result
 
 

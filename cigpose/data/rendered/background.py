@@ -174,6 +174,7 @@ def _shelf(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
     wood = _muted(rng) * 0.5 + 40
     _box(image, x, y, w, h + 0.03 * height, wood)
     rows = int(rng.integers(3, 6))
+    books = [_muted(rng) * 0.85 for _ in range(8)]
     for row in range(rows):
         low = y + h * (row + 0.94) / rows
         _box(image, x + 2, y + h * (row + 0.08) / rows, w - 4, h * 0.86 / rows, wood * 0.6)
@@ -181,7 +182,7 @@ def _shelf(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
         while at < x + w - 8:
             thick, tall = rng.uniform(3, 8), h / rows * rng.uniform(0.45, 0.78)
             if rng.random() < 0.85:
-                _box(image, at, low - tall, thick - 0.6, tall, _muted(rng) * 0.85)
+                _box(image, at, low - tall, thick - 0.6, tall, books[int(rng.integers(len(books)))])
             at += thick
 
 

@@ -138,7 +138,7 @@ def _trunk(canvas: Canvas, figure: Figure) -> list[Part]:
 
     def draw() -> None:
         canvas.loft(
-            start, end, radius * scale, color, bulge=bulge, caps=(1.0, 5.0), smooth=True, fold=0.055,
+            start, end, radius * scale, color, bulge=bulge, caps=(2.5, 5.0), smooth=True, fold=0.055,
             fold_seed=looks.texture, panel=panel,
         )  # fmt: skip
 
@@ -179,13 +179,15 @@ def _skirt(canvas: Canvas, figure: Figure) -> Part:
     scale = figure.thickness(start[2])
     gap = float(np.hypot(*(knees[0][:2] - knees[1][:2]))) / 2 * reach
     apart = abs(float(knees[0][2] - knees[1][2])) / 2 * reach
-    radius = ramp((0, 0.075 * scale), (0.3, 0.1 * scale), (1, max(0.1 * scale, gap + 0.055 * scale)), steps=STEPS)
-    thick = ramp((0, 0.06 * scale), (0.3, 0.118 * scale), (1, max(0.118 * scale, apart + 0.07 * scale)), steps=STEPS)
+    radius = ramp((0, 0.07 * scale), (0.3, 0.1 * scale), (1, max(0.1 * scale, gap + 0.055 * scale)), steps=STEPS)
+    # At the waist the top lies over the skirt; further down the skirt lies over the thighs.
+    deep = max(0.118 * scale, apart + 0.07 * scale)
+    thick = ramp((0, 0.04 * scale), (0.2, 0.064 * scale), (0.45, 0.118 * scale), (1, deep), steps=STEPS)
     color, bulge = looks.bottom[:, None], thick / radius
     return Part(
         float(start[2] + end[2]) / 2 - 0.05 * scale,
         lambda: canvas.loft(
-            start, end, radius, color, bulge=bulge, caps=(1.0, 8.0), smooth=True, fold=0.1, fold_seed=looks.texture
+            start, end, radius, color, bulge=bulge, caps=(4.0, 8.0), smooth=True, fold=0.1, fold_seed=looks.texture
         ),
     )
 

@@ -6,6 +6,7 @@ length from the wrist to the tip of the middle finger.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -40,12 +41,14 @@ def sample_hand(rng: np.random.Generator) -> Hand:
     """A random gesture: open, relaxed, fist, pointing, victory, thumb up, or holding."""
     kind = draw(rng, (0.36, 0.32, 0.08, 0.08, 0.05, 0.04, 0.07))
     bend = np.full(4, (0.06, 0.38, 1.35, 1.35, 1.35, 1.4, 0.65)[kind])
-    bend = bend + (0.0, 0.04, 0.09, 0.15) * (np.full(4, 1.0) if kind == 1 else np.zeros(4))
+    if kind == 1:
+        bend += (0.0, 0.04, 0.09, 0.15)
     if kind in (3, 4):
         bend[0] = 0.03
     if kind == 4:
         bend[1] = 0.03
-    bend = np.clip(bend + rng.normal(0, 0.07, 4) + rng.normal(0, 0.06), -0.15, 1.5)
+    bend += 0.07 * rng.standard_normal(4) + 0.06 * rng.standard_normal()
+    bend = np.minimum(np.maximum(bend, -0.15), 1.5)
     wide = rng.uniform(0.5, 2.1) if kind == 0 else (1.6 if kind == 4 else rng.uniform(0.4, 1.1))
     thumb_out = rng.uniform(0.5, 0.95) if kind in (0, 1, 5, 6) else rng.uniform(0.15, 0.4)
     thumb_fold = (0.1, 0.25, 0.9, 0.9, 0.9, 0.0, 0.5)[kind] + rng.normal(0, 0.08)
@@ -55,7 +58,7 @@ def sample_hand(rng: np.random.Generator) -> Hand:
 def _kinematics(bend: np.ndarray, wide: float, thumb_out: float, thumb_fold: float) -> np.ndarray:
     """Keypoints (21, 3) from the bend of each finger (4,), their spread and the thumb's two angles."""
     joints = np.stack([bend * 0.85, bend * 1.05, bend * 0.7], axis=1).cumsum(axis=1)
-    heading = SPREAD * wide * np.cos(np.clip(bend, 0, 1.5))
+    heading = SPREAD * wide * np.cos(np.maximum(bend, 0))
     flat = np.stack([np.cos(heading), np.sin(heading), np.zeros(4)], axis=1)
     direction = np.cos(joints)[:, :, None] * flat[:, None] + np.sin(joints)[:, :, None] * np.array([0, 0, 1.0])
     chain = (direction * PHALANGES[:, :, None]).cumsum(axis=1)
@@ -125,6 +128,8 @@ def paint_hand(canvas: Canvas, points: np.ndarray, size: float, skin: np.ndarray
     parts = [((depths[0] + depths[5] + depths[17]) / 3, -1)]
     parts += [(sum(depths[f * 4 + 2 : f * 4 + 5]) / 3, f) for f in range(5)]
     edge = max(0.028 * size, 0.3)
+    joints = patch.to_patch(points[:, :2])
+    tones = (tint * 0.66, tint, tint * 1.07, tint * 1.12 + 10)
     for _, finger in sorted(parts, reverse=True):
         if finger < 0:
             center = outline.mean(axis=0)
@@ -136,18 +141,17 @@ def paint_hand(canvas: Canvas, points: np.ndarray, size: float, skin: np.ndarray
             back = back / (np.sqrt(back @ back) + 1e-6)
             patch.line(points[0, :2] + np.outer((-0.1 * size, 0.05 * size), back), tint * 0.96, 0.25 * size)
         else:
-            _paint_finger(patch, points[finger * 4 + 1 : finger * 4 + 5], WIDTHS[finger] * size, edge, tint, palm_seen)
+            _paint_finger(patch, joints[finger * 4 + 1 : finger * 4 + 5], WIDTHS[finger] * size, edge, tones, palm_seen)
     depth = sum(depths) / 21 - 0.25 * size
     patch.compose(canvas, depth, canvas.light.tone(np.array([0.0, 0.0, -1.0])))
 
 
 def _paint_finger(
-    patch: Patch, joints: np.ndarray, width: float, edge: float, tint: np.ndarray, palm_seen: bool
+    patch: Patch, line: np.ndarray, width: float, edge: float, tones: Sequence[np.ndarray], palm_seen: bool
 ) -> None:
-    """One finger from its four joints (4, 3): a dark rim, the finger, a lit ridge, the nail."""
-    line = joints[:, :2]
-    patch.line(line, tint * 0.66, width + 2 * edge, solid=True)
-    patch.line(line, tint, width)
-    patch.line(line - 0.12 * width, tint * 1.07, 0.45 * width)
+    """One finger from its four joints (4, 2) in patch coordinates: a dark rim, the finger, a lit ridge, the nail."""
+    patch.line(line, tones[0], width + 2 * edge, solid=True)
+    patch.line(line, tones[1], width)
+    patch.line(line - np.int32(0.12 * width * patch.step), tones[2], 0.45 * width)
     if not palm_seen:
-        patch.disc(line[3] - 0.1 * (line[3] - line[2]), 0.26 * width, tint * 1.12 + 10)
+        patch.disc(line[3] - (line[3] - line[2]) // 10, 0.26 * width, tones[3])

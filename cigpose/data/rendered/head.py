@@ -5,6 +5,7 @@ Everything in the face hangs on its 68 landmarks, so the labels lie on what is s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import cv2
@@ -83,7 +84,9 @@ class HeadPainter:
         """(40, 2) pixels: silhouette of the cranium's ellipsoid."""
         radii = CRANIUM_RADII * self.face.shape * scale
         matrix = (self.frame * radii**2) @ self.frame.T
-        root = np.linalg.cholesky(matrix[:2, :2])
+        low = math.sqrt(matrix[0, 0])
+        slant = matrix[0, 1] / low
+        root = np.array([[low, 0.0], [slant, math.sqrt(matrix[1, 1] - slant**2)]])
         center = self.project((CRANIUM_CENTER * self.face.shape)[None])[0, :2]
         return center + self.unit * _RING @ root.T
 
@@ -179,7 +182,7 @@ class HeadPainter:
         patch.polygon(center + (ring - center) * _SOCKET, self._skin(0.86))
         patch.polygon(ring, (244, 242, 240))
         wide, high = (ring.max(axis=0) - ring.min(axis=0)).tolist()
-        iris = center + (self.face.gaze[0] * wide, self.face.gaze[1] * high - 0.02 * unit)
+        iris = center + np.array([self.face.gaze[0] * wide, self.face.gaze[1] * high - 0.02 * unit])
         radius = min(0.56 * max(high, 0.12 * unit), 0.14 * unit)
         patch.disc(iris, radius, self.looks.iris)
         patch.disc(iris, radius * 0.55, (18, 14, 14))

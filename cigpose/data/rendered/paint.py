@@ -259,7 +259,9 @@ class Patch:
         self.shift = np.array([(left - 0.5) * self.step + 8, (top - 0.5) * self.step + 8])
 
     def to_patch(self, points: np.ndarray) -> np.ndarray:
-        """(N, 2) image pixels to int32 patch coordinates with 4 fractional bits."""
+        """(N, 2) image pixels to int32 patch coordinates with 4 fractional bits; those are passed on as they are."""
+        if points.dtype == np.int32:
+            return points
         return np.rint(points * self.step - self.shift).astype(np.int32)
 
     def polygon(self, points: np.ndarray, color: Color, *, solid: bool = False, convex: bool = False) -> None:
