@@ -64,7 +64,8 @@ def _presets(options: argparse.Namespace) -> None:
             f"{size.multiply_adds_edgewise / 1e9:>7.1f} {published.ap if published else '-':>5}  "
             f"{published.source if published else ''}".rstrip()
         )
-    print("\nGFLOPs are multiply-adds of one forward pass, in billions, counted as published. `cigpose use NAME` writes params.yaml.")
+    print("\nGFLOPs are multiply-adds of one forward pass, in billions, counted as published.")
+    print("`cigpose use NAME` writes params.yaml.")
 
 
 def _use(options: argparse.Namespace) -> None:
