@@ -95,7 +95,7 @@ def sample_appearance(rng: np.random.Generator) -> Appearance:
     pattern = _PATTERNS[draw(rng, (0.46, 0.16, 0.1, 0.2, 0.08))]
     sleeve = {"jacket": 0.97, "tank": 0.0}.get(pattern, (0.24, 0.3, 0.5, 0.97)[draw(rng, (0.3, 0.2, 0.1, 0.4))])
     skirt = (0.0, 0.42, 0.62)[draw(rng, (0.87, 0.08, 0.05))]
-    trouser = 0.05 if skirt else (0.4, 0.55, 0.93, 0.97)[draw(rng, (0.16, 0.1, 0.3, 0.44))]
+    trouser = 0.3 if skirt else (0.4, 0.55, 0.93, 0.97)[draw(rng, (0.16, 0.1, 0.3, 0.44))]
     bearded = style not in ("long", "bun", "tail") and skirt == 0 and rng.random() < 0.25
     lips = skin * (0.86, 0.66, 0.66) + (14, 0, 4)
     return Appearance(
