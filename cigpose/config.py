@@ -104,6 +104,9 @@ class DatasetConfig:
     first_person_only: bool = False
     """UBody: keep only the first person of a frame, as the original converter does by accident."""
 
+    def __post_init__(self) -> None:
+        _require(self.frame_interval >= 1, f"frame_interval must be 1 or more, got {self.frame_interval}.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardingConfig:
@@ -117,7 +120,13 @@ class ShardingConfig:
     verify_images: bool = False
     """Decode every picture. Headers, ends and checksums are looked at in any case."""
     processes: int = 0
-    """0: one per core."""
+    """0: one per core, fewer where there is little to copy."""
+
+    def __post_init__(self) -> None:
+        _require(self.images_per_shard >= 1, f"images_per_shard must be 1 or more, got {self.images_per_shard}.")
+        _require(1 <= self.jpeg_quality <= 100, f"jpeg_quality must be between 1 and 100, got {self.jpeg_quality}.")
+        _require(0 <= self.max_bad_share <= 1, f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
+        _require(self.processes >= 0, f"processes must be 0 or more, got {self.processes}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,10 @@ from cigpose.data.archives import DataError, list_members, sha256_of, split_spec
 from cigpose.data.coco import read_coco
 from cigpose.data.crowdpose import read_crowdpose
 from cigpose.data.ground_truth import write_ground_truth
-from cigpose.data.intake import BadSamples, Frame, Intake
+from cigpose.data.intake import Frame, Intake
 from cigpose.data.manifest import MANIFEST, read_manifest
-from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs, write_shard
+from cigpose.data.shard_jobs import run_jobs, sync_file, write_json
+from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs
 from cigpose.data.ubody import read_frames, read_ubody
 from cigpose.progress import progress as show_progress
 
@@ -194,9 +193,9 @@ def _write(
     images = sum(len(job.samples) for job in jobs)
     # One thread waits for the disk while the next shard is made.
     with ThreadPoolExecutor(1) as disk, progress(total=images, desc=f"shard {key}", unit="image") as bar:
-        for job, stats in _run(jobs, pictures, sharding.processes):
+        for job, stats in run_jobs(jobs, pictures, sharding.processes):
             shards.append(stats)
-            synced.append(disk.submit(_sync, job.path))
+            synced.append(disk.submit(sync_file, job.path))
             intake.bad.merge(stats.bad)
             intake.dropped.update(stats.dropped)
             intake.bad.check(total, sharding.max_bad_share, key)
@@ -208,7 +207,7 @@ def _write(
         sync.result()
     index = _index(config, key, intake, shards, digests.result())
     _clear(partial, shards)
-    _write_json(partial / INDEX, asdict(index))
+    write_json(partial / INDEX, asdict(index))
     return index
 
 
@@ -276,46 +275,6 @@ def _plan(config: Config, key: str, partial: Path, intake: Intake) -> tuple[list
     return jobs, missing
 
 
-def _run(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterator[tuple[ShardJob, ShardStats]]:
-    """Do the jobs, in as many processes; results in the order of the jobs."""
-    processes = min(processes or len(os.sched_getaffinity(0)), len(jobs))
-    if processes == 1:
-        for job in jobs:
-            yield job, _do(job, pictures)
-        return
-    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: list[tuple[ShardJob, Future[ShardStats]]] = []
-        todo = iter(jobs)
-        try:
-            for job in todo:
-                waiting.append((job, pool.submit(_do, job, pictures)))
-                if len(waiting) >= 2 * processes:
-                    done, future = waiting.pop(0)
-                    yield done, future.result()
-            for done, future in waiting:
-                yield done, future.result()
-        except BrokenProcessPool as err:
-            raise ChildProcessError(
-                f"{jobs[0].path.parent}: a sharding process was killed (out of memory?). Run again: finished shards "
-                "are kept; fewer data.sharding.processes need less memory."
-            ) from err
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _do(job: ShardJob, pictures: Pictures) -> ShardStats:
-    """One shard, unless an earlier run finished it; the note beside it says so."""
-    note = job.path.with_suffix(".done")
-    if note.is_file() and job.path.is_file():
-        values = json.loads(note.read_text())
-        if sha256_of(job.path) == values["sha256"]:
-            return ShardStats(**{**values, "bad": BadSamples(**values["bad"])})
-    stats = write_shard(job, pictures)
-    _write_json(note, asdict(stats))
-    return stats
-
-
 def _source_paths(dataset: DatasetConfig, raw: Path) -> dict[str, Path]:
     specs = (dataset.images, dataset.annotations, dataset.detections, dataset.split_file)
     names = sorted({split_spec(spec)[0] for spec in specs if spec is not None})
@@ -381,18 +340,3 @@ def _publish(partial: Path, final: Path) -> None:
         final.rename(old)
     partial.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _write_json(path: Path, values: Any) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)

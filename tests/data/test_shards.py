@@ -17,7 +17,7 @@ import pytest
 import webdataset as wds
 import yaml
 
-from cigpose.data import shards, tars
+from cigpose.data import shard_jobs, shards, tars
 from cigpose.data.shards import ShardIndex, parse_index, read_index, verify, write_dataset
 
 KEYPOINTS = {"name": "stick", "names": ["head", "foot"], "sigmas": [0.05, 0.05]}
@@ -161,7 +161,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_goes_on(
         written.append(job.path.name)
         return write(job, pictures)
 
-    monkeypatch.setattr(shards, "write_shard", write_one_then_die)
+    monkeypatch.setattr(shard_jobs, "write_shard", write_one_then_die)
     with pytest.raises(Killed):
         sharder(raw, **options)
     assert not sharder.folder.exists()
@@ -170,7 +170,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_goes_on(
         written.append(job.path.name)
         return write(job, pictures)
 
-    monkeypatch.setattr(shards, "write_shard", count)
+    monkeypatch.setattr(shard_jobs, "write_shard", count)
     assert sharder(raw, **options) == expected
     assert written == ["people-00000.tar", "people-00001.tar", "people-00002.tar"], "the first was kept"
     assert tree(sharder.folder) == whole
@@ -227,6 +227,26 @@ def test_a_write_cut_short_is_finished(raw: Path, sharder: Any, monkeypatch: pyt
     expected = sharder(raw, **OWN).shards
     monkeypatch.setattr(os, "writev", lambda file, pieces: os.write(file, b"".join(pieces)[:100]))
     assert sharder(raw, **OWN).shards == expected
+
+
+def test_processes_are_started_only_where_there_is_much_to_do(
+    raw: Path, sharder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    count = shard_jobs._num_processes
+
+    def note(jobs: Any, wanted: int) -> int:
+        used.append(count(jobs, wanted))
+        return 1
+
+    monkeypatch.setattr(shard_jobs, "_num_processes", note)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for sharding in ({"processes": 0}, {"processes": 2}, {"processes": 0, "verify_images": True}):
+        sharder(raw, sharding={"images_per_shard": 2, **sharding}, **OWN)
+    monkeypatch.setattr(shard_jobs, "_WORTH_A_PROCESS", 5000)
+    sharder(raw, sharding={"images_per_shard": 2, "processes": 0}, **OWN)
+    assert used[:3] == [1, 2, 4]
+    assert 1 < used[3] <= 4
 
 
 def test_verify_notices_every_change(raw: Path, sharder: Any) -> None:
