@@ -25,6 +25,8 @@ GATHER_S = 1.0
 """Seconds over which records are gathered into one request."""
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}
 """Answers that will be the same next time: the record is given up, and said so."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Which of its sides the MLflow UI shows."""
 LOCAL_ID_TAG = "cigpose.local_id"
 
 
@@ -98,7 +100,7 @@ def get_experiment(client: MlflowClient, name: str, artifacts: str | None = None
     found = client.get_experiment_by_name(name)
     if found is None:
         with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
-            return client.create_experiment(name, artifact_location=artifacts)
+            return client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
         found = client.get_experiment_by_name(name)
         if found is None:
             raise MlflowException(f"experiment {name!r} could not be made")

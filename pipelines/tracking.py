@@ -85,11 +85,10 @@ def _alone(address: str) -> Iterator[None]:
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
-    """The page of a run; for sqlite the one that `make ui` serves."""
-    base = (
-        address.rstrip("/") if address.startswith("http") else f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', 5000)}"
-    )
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}"
+    """The page of a run; for sqlite the one that `make ui` serves. MLflow shows its GenAI side unless told else."""
+    local = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
+    base = address.rstrip("/") if address.startswith("http") else local
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -43,7 +43,7 @@ def test_a_run_has_parameters_tags_metrics_and_files(project: Path, config: Conf
     assert Path(note).read_text() == "first"
     assert (project / "mlartifacts").is_dir()
     assert not (project / ".runs/a/outbox").exists()
-    assert run.url is not None and run.url.endswith(f"/runs/{run.run_id}")
+    assert run.url is not None and f"/runs/{run.run_id}?" in run.url
 
 
 def test_a_resumed_run_goes_on_without_repeating_steps(project: Path, config: Config, address: str) -> None:

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+import requests
+
+from cigpose.config import Config
+from cigpose.params_file import write_params
+from pipelines import processes, tracking, ui
+
+
+def fake_server(folder: Path, *command: str, port: int | None = None) -> ui.Server:
+    port = port or ui.free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = command or (sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
+    return ui.Server(name="Fake", command=command, health=address, address=address, log=folder / f"{port}.log")
+
+
+def test_servers_are_stopped_when_the_block_ends(tmp_path: Path) -> None:
+    servers = [fake_server(tmp_path), fake_server(tmp_path)]
+    with ui.running(*servers, root=tmp_path) as started:
+        assert all(requests.get(server.address, timeout=5).ok for server in servers)
+    assert all(processes.group_members(process.pid) == [] for process in started)
+
+
+def test_the_first_server_is_stopped_when_the_second_does_not_come_up(tmp_path: Path) -> None:
+    good = fake_server(tmp_path)
+    bad = fake_server(tmp_path, sys.executable, "-c", "print('starting'); raise SystemExit('the disk is full')")
+    words = r"Fake on .* exited with 1; .* ends: .*the disk is full"
+    with pytest.raises(ui.ServerError, match=words), ui.running(good, bad, root=tmp_path):
+        pytest.fail("must not begin")
+    assert ui.is_free(int(good.address.rpartition(":")[2]))
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    hung = fake_server(tmp_path, sys.executable, "-c", "import time; time.sleep(60)")
+    with pytest.raises(ui.ServerError, match="did not answer"), ui.running(hung, root=tmp_path, timeout_s=0.5):
+        pytest.fail("must not begin")
+
+
+def test_a_server_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
+    server = fake_server(tmp_path)
+    with ui.running(server, root=tmp_path) as started:
+        os.kill(started[0].pid, signal.SIGKILL)
+        with pytest.raises(ui.ServerError, match="Fake ended with -9"):
+            ui.watch([server], started)
+
+
+def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        monkeypatch.delenv("SOME_PORT", raising=False)
+        assert ui.choose_port(taken, "SOME_PORT") != taken
+        monkeypatch.setenv("SOME_PORT", str(taken))
+        with pytest.raises(ui.ServerError, match=f"SOME_PORT={taken}: another program listens on that port"):
+            ui.choose_port(1, "SOME_PORT")
+        monkeypatch.setenv("SOME_PORT", "many")
+        with pytest.raises(ui.ServerError, match="expected a port number"):
+            ui.choose_port(1, "SOME_PORT")
+    free = ui.free_port()
+    monkeypatch.setenv("SOME_PORT", str(free))
+    assert ui.choose_port(1, "SOME_PORT") == free
+
+
+def screenshot(address: str, path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium here: whether the pages are drawn cannot be seen")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={path.parent / 'chromium'}", "--window-size=1400,900", "--virtual-time-budget=20000"]
+    subprocess.run([*command, f"--screenshot={path}", address], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_make_ui_brings_both_up_draws_them_and_leaves_nothing_behind(project: Path, config: Config) -> None:
+    write_params(config, project / "params.yaml")
+    with tracking.start_run(config, run_folder=project / ".runs/a") as run:
+        for step in range(20):
+            run.log_metrics({"train/loss": 1 / (step + 1)}, step)
+    ports = {"PREFECT_SERVER_API_PORT": str(ui.free_port()), "MLFLOW_PORT": str(ui.free_port())}
+    prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
+    log = (project / "ui.log").open("w")
+    process = processes.start([sys.executable, "-m", "pipelines.ui"], cwd=project, env=ports, output=log)
+    try:
+        deadline = time.monotonic() + 180
+        while (
+            "Ctrl-C" not in (project / "ui.log").read_text() and time.monotonic() < deadline and process.poll() is None
+        ):
+            time.sleep(0.2)
+        printed = (project / "ui.log").read_text()
+        assert f"Prefect  {prefect}\n" in printed
+        assert f"MLflow   {mlflow}\n" in printed
+        assert requests.get(f"{prefect}/ui-settings", timeout=10).json()["api_url"] == f"{prefect}/api"
+        assert (project / ".prefect/api_url").read_text().strip() == f"{prefect}/api"
+        assert (project / ".prefect/prefect.db").is_file()
+        servers = [int(line) for line in _children(process.pid)]
+        assert len(servers) >= 2
+        state = tracking.Spool(project / ".runs/a").state
+        screenshot(
+            f"{mlflow}/#/experiments/{state['experiment_id']}/runs/{run.run_id}/model-metrics", project / "m.png"
+        )
+        screenshot(f"{prefect}/dashboard", project / "p.png")
+        for name in ("m.png", "p.png"):  # a page that was not drawn is of one colour
+            assert cv2.imread(str(project / name)).std() > 5, name
+        if os.environ.get("CIGPOSE_KEEP_SCREENSHOTS"):
+            for name in ("m.png", "p.png"):
+                shutil.copy(project / name, os.environ["CIGPOSE_KEEP_SCREENSHOTS"])
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(30) == 0
+        finally:
+            processes.stop_group(process)
+            log.close()
+    assert (project / "ui.log").read_text().endswith("Stopped.\n")
+    assert not (project / ".prefect/api_url").exists()
+    assert all(processes.group_members(server) == [] for server in servers)
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_a_broken_params_file_is_one_sentence(project: Path) -> None:
+    (project / "params.yaml").write_text("name: x\nsed: 1\n")
+    run = subprocess.run([sys.executable, "-m", "pipelines.ui"], cwd=project, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith("ui: params.yaml: sed: unknown key. Did you mean 'seed'?")
+    assert "Traceback" not in run.stderr
