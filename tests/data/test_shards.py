@@ -197,7 +197,7 @@ def test_shards_of_a_killed_run_are_not_kept_when_something_changed(
         (partial / "people-00001.tar").write_bytes(b"torn")
     again: list[str] = []
     monkeypatch.setattr(
-        shards, "write_shard", lambda job, pictures: again.append(job.path.name) or write(job, pictures)
+        shard_jobs, "write_shard", lambda job, pictures: again.append(job.path.name) or write(job, pictures)
     )
     sharder(raw, **options)
     assert len(again) == (1 if change == "shard" else 3)
