@@ -112,7 +112,6 @@ def _room(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
             y = int(horizon + t * (height - horizon))
             cv2.line(image, (0, y), (width, y), _color(floor * 0.85), 1, cv2.LINE_AA)
     _box(image, -2, horizon - 0.018 * height, width + 4, 0.018 * height, wall * 1.12)
-    _grain(image, rng.uniform(1, 4), 0.8)
 
 
 def _outdoors(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:
@@ -141,7 +140,6 @@ def _outdoors(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None
             path,
         )
     _grain(image[horizon:], rng.uniform(4, 9), 1.0)
-    _grain(image[:horizon], 1.5, 1.6)
 
 
 def _frame(image: np.ndarray, rng: np.random.Generator, horizon: int) -> None:

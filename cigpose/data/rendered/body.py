@@ -203,7 +203,7 @@ def _arm(canvas: Canvas, figure: Figure, side: str) -> list[Part]:
     scale = figure.thickness(elbow[2])
     stripes = looks.second if looks.pattern == "stripes" else None
     parts = []
-    bare = np.repeat(looks.skin[:, None], STEPS, axis=1)
+    bare = looks.skin[:, None]
     for part, (start, end, radius) in enumerate(((shoulder, elbow, _UPPER_ARM), (elbow, wrist, _FOREARM))):
         size, color, fold = _dress(radius, bare, part, looks.sleeve, _loose(looks.sleeve), looks.top, stripes)
         parts.append(_loft(canvas, start, end, size * scale, color, fold, looks.texture + part))
@@ -219,7 +219,7 @@ def _leg(canvas: Canvas, figure: Figure, side: str) -> list[Part]:
     hip, knee, ankle = figure.limbs[f"{side}_leg"]
     scale = figure.thickness(knee[2])
     parts = []
-    bare = np.repeat(looks.skin[:, None], STEPS, axis=1)
+    bare = looks.skin[:, None]
     for part, (start, end, radius) in enumerate(((hip, knee, _THIGH), (knee, ankle, _SHIN))):
         if part == 1:
             bare = np.where(along(STEPS) > 0.84, looks.socks[:, None], bare)
@@ -242,7 +242,7 @@ def _dress(
 
     Args:
         radius: (STEPS,) of the bare limb.
-        color: (3, STEPS) of the bare limb.
+        color: (3, STEPS) or (3, 1) of the bare limb.
         part: 0 or 1.
         cover: share of the whole limb under cloth.
         loose: how far the cloth stands off at its end.
@@ -259,9 +259,10 @@ def _dress(
     fabric = cloth[:, None]
     if stripes is not None:
         fabric = np.where((position * 14).astype(int) % 2 == 0, stripes[:, None], fabric)
-    fabric = np.where(position > cover - 0.035, fabric * 0.86, fabric)
     slack = loose * (0.3 + 0.7 * position / cover) * covered
-    return radius + slack, np.where(covered, fabric, color), 0.055
+    if position[-1] > cover - 0.035:
+        fabric = np.where(covered, np.where(position > cover - 0.035, fabric * 0.86, fabric), color)
+    return radius + slack, fabric, 0.055
 
 
 def _shoe(canvas: Canvas, figure: Figure, side: str) -> None:

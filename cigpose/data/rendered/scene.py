@@ -25,8 +25,8 @@ class Drawn:
     figure: Figure
     labels: Labels
     silhouette: np.ndarray
-    board: np.ndarray
-    """(H, W) bool: the board of `hide_arm`."""
+    board: np.ndarray | None
+    """(H, W) bool: the board of `hide_arm`, if there is one."""
 
 
 def render_image(config: RenderConfig, index: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -51,11 +51,11 @@ def render_image(config: RenderConfig, index: int) -> tuple[np.ndarray, list[dic
             _seat(canvas, person_rng, figure)
         labels = figure.paint(canvas)
         silhouette = canvas.cover > 0.5
-        owner[silhouette] = number
+        np.copyto(owner, number, where=silhouette)
         occluded, hidden = person_rng.random() < config.occlusion, person_rng.random() < config.hide_arm
         if occluded:
-            owner[_occluder(canvas, person_rng, figure)] = 0
-        board = np.zeros((height, width), bool)
+            np.copyto(owner, 0, where=_occluder(canvas, person_rng, figure))
+        board = None
         if hidden:
             board = _hide_right_arm(canvas, np.random.default_rng(person_rng.integers(1 << 62)), figure)
         drawn.append(Drawn(figure, labels, silhouette, board))
@@ -73,7 +73,8 @@ def _annotation(person: Drawn, number: int, owner: np.ndarray, everyone: list[Dr
         near |= owner[np.clip(row + dy, 0, height - 1), np.clip(column + dx, 0, width - 1)] == number
     boarded = np.zeros(133, bool)
     for other in everyone[number - 1 :]:
-        boarded |= other.board[row, column]
+        if other.board is not None:
+            boarded |= other.board[row, column]
     judged = whole_visibility(person.labels, ~near, width, height)
     visibility = whole_visibility(person.labels, ~near | boarded, width, height)
     return annotate(person.labels, visibility, judged, person.silhouette, person.figure.placement.stature)

@@ -171,7 +171,8 @@ def sample_pose(rng: np.random.Generator, build: Build) -> Pose:
     torso = pelvis @ rotate_x(lean) @ rotate_z(rng.normal(0, 0.06)) @ rotate_y(rng.normal(0, 0.12))
     to_camera = -min(max(yaw, -0.7), 0.7) * rng.uniform(0, 1.1) if abs(yaw) < 1.9 else 0.0
     head_turn = min(max(to_camera + rng.normal(0, 0.25), -1.1), 1.1)
-    head = torso @ rotate_y(head_turn) @ rotate_x(min(max(rng.normal(0.0, 0.14), -0.35), 0.25)) @ rotate_z(rng.normal(0, 0.09))
+    nod = min(max(rng.normal(0.0, 0.14), -0.35), 0.25)
+    head = torso @ rotate_y(head_turn) @ rotate_x(nod) @ rotate_z(rng.normal(0, 0.09))
     neck = torso @ np.array([0, -SPINE, 0.0])
     center = neck + torso @ np.array([0, -0.046, 0.0]) + head @ np.array([0, -0.05, -0.012])
     left, _ = _pose_arm(rng, build, torso, 1.0)
