@@ -101,7 +101,7 @@ def test_weights_stay_as_long_as_a_kept_checkpoint_names_them(address: str, tmp_
     assert safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")["weight"].item() == 3.0
 
 
-def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path)
     store.save(1, *state(1))
 

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from cigpose.train.batch_norm import CPUSyncBatchNorm, synchronize_batch_norm
+
+
+@pytest.fixture
+def alone(tmp_path: Any) -> Any:
+    """A group of one worker: the arithmetic of all of them, without the others."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_outputs_gradients_and_statistics_equal_batch_norm(alone: None, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(6, 3, 5, 4, dtype=dtype) * 2 + 7).requires_grad_()
+    theirs = nn.BatchNorm2d(3, eps=1e-5, momentum=0.1).to(dtype)
+    with torch.no_grad():
+        theirs.weight.uniform_(0.5, 2)
+        theirs.bias.normal_()
+    ours = CPUSyncBatchNorm(3).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    gradients = []
+    for layer in (theirs, ours):
+        loss = (layer(x) * torch.linspace(-1, 1, x.numel(), dtype=dtype).view_as(x)).sum()
+        gradients.append(torch.autograd.grad(loss, [x, layer.weight, layer.bias]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
+
+
+def test_conversion_keeps_names_values_and_parameters(alone: None) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3, momentum=0.03)), nn.BatchNorm1d(4)
+    )
+    weight = model[1][0].weight
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    converted = synchronize_batch_norm(model)
+    assert isinstance(converted[1][0], CPUSyncBatchNorm)
+    assert type(converted[2]) is nn.BatchNorm1d
+    assert converted[1][0].weight is weight
+    assert (converted[1][0].eps, converted[1][0].momentum) == (1e-3, 0.03)
+    torch.testing.assert_close(converted.state_dict(), before)

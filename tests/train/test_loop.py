@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cigpose.train import loop
+from cigpose.train.checkpoints import CheckpointError, CheckpointStore
+from cigpose.train.loop import Place, train
+from cigpose.train.state import influential_params
+
+
+class KilledError(Exception):
+    pass
+
+
+class Recorder:
+    """Listener that remembers, and can end the training at a step as a signal would."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        self.killed_at = killed_at
+        self.started: list[int] = []
+        self.logs: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
+        self.checkpoints: list[str] = []
+        self.num_predictions: list[int] = []
+        self.crops: np.ndarray | None = None
+
+    def on_start(self, state: Any, total_steps: int) -> None:
+        self.started += [state.step, total_steps]
+
+    def on_crops(self, crops: np.ndarray, keypoints: np.ndarray, visible: np.ndarray) -> None:
+        self.crops = crops if self.crops is None else self.crops
+
+    def on_log(self, record: dict[str, Any]) -> None:
+        self.logs.append(record)
+        if self.killed_at is not None and record["step"] >= self.killed_at:
+            raise KilledError
+
+    def on_validation(self, record: dict[str, Any], predictions: Any) -> None:
+        self.validations.append(record)
+        self.num_predictions.append(len(predictions))
+
+    def on_checkpoint(self, name: str) -> None:
+        self.checkpoints.append(name)
+
+
+def place(config: Any, shards: Path, folder: Path) -> Place:
+    return Place(
+        rank=0,
+        world=1,
+        device=torch.device("cpu"),
+        shards=shards,
+        root=folder,
+        store=CheckpointStore(folder / "checkpoints", config.train.checkpoint.keep),
+        params=influential_params(config, {}),
+    )
+
+
+def final_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    _, tensors, values = CheckpointStore(folder / "checkpoints").load_newest()
+    return tensors, values
+
+
+def deterministic(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    clock = ("images_per_s", "data_wait", "eta_s", "memory_mb", "seconds")
+    return [{key: value for key, value in record.items() if key not in clock} for record in records]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_config: Any, shards: Path, tmp_path_factory: Any) -> tuple[Path, Recorder, dict[str, Any]]:
+    """A training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    config, recorder = tiny_config(), Recorder()
+    return folder, recorder, train(config, place(config, shards, folder), recorder)
+
+
+def test_a_training_logs_validates_and_keeps_checkpoints(whole_run: Any) -> None:
+    folder, recorder, result = whole_run
+    start, total = recorder.started
+    assert (start, result["step"]) == (0, total)
+    steps = [record["step"] for record in recorder.logs]
+    assert steps[-1] == total and steps[0] == 2
+    assert {"loss", "loss_kpt", "loss_cf", "acc_pose", "grad_norm", "lr", "data_wait", "eta_s"} <= recorder.logs[
+        0
+    ].keys()
+    assert [record["epoch"] for record in recorder.validations] == [1, 2]
+    assert recorder.num_predictions[0] == recorder.num_predictions[1] > 0
+    assert len(CheckpointStore(folder / "checkpoints").names()) == 2
+    assert recorder.crops is not None and recorder.crops.dtype == np.uint8
+    assert result["history"] == sorted(recorder.logs + recorder.validations, key=lambda r: (r["step"], r["kind"]))
+
+
+def test_the_best_epoch_is_that_of_the_chosen_metric(whole_run: Any) -> None:
+    _, recorder, result = whole_run
+    values = [record["whole/AP"] for record in recorder.validations]
+    assert result["best"]["value"] == max(values)
+    assert result["best"]["epoch"] == 1 + values.index(max(values))
+
+
+@pytest.mark.parametrize("killed_at", [2, 4, 8], ids=["before a checkpoint", "between two", "second epoch"])
+def test_a_resumed_training_ends_bit_equal_to_one_never_interrupted(
+    tiny_config: Any, shards: Path, tmp_path: Path, whole_run: Any, killed_at: int
+) -> None:
+    config = tiny_config()
+    with pytest.raises(KilledError):
+        train(config, place(config, shards, tmp_path), Recorder(killed_at))
+    torch.rand(5)  # generators stand elsewhere in the new process
+    recorder = Recorder()
+    train(config, place(config, shards, tmp_path), recorder)
+    assert recorder.started[0] == 3 * (killed_at // 3)
+    ours, theirs = final_state(tmp_path), final_state(whole_run[0])
+    assert ours[0].keys() == theirs[0].keys()
+    assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ours[0])
+    assert ours[1]["random"] == theirs[1]["random"]
+    validations = [[r for r in deterministic(v["history"]) if r["kind"] == "validation"] for v in (ours[1], theirs[1])]
+    assert validations[0] == validations[1]
+
+
+def test_a_finished_training_has_nothing_left_to_do(tiny_config: Any, shards: Path, whole_run: Any) -> None:
+    folder, _, result = whole_run
+    recorder = Recorder()
+    config = tiny_config()
+    again = train(config, place(config, shards, folder), recorder)
+    assert recorder.logs == []
+    assert again == json.loads(json.dumps(result))
+
+
+def test_a_checkpoint_of_other_params_is_refused(tiny_config: Any, shards: Path, whole_run: Any) -> None:
+    config = tiny_config(train__optimizer__learning_rate=0.5)
+    with pytest.raises(CheckpointError, match=r"train.optimizer.learning_rate: 0.0012 there, 0.5 now.*--restart"):
+        train(config, place(config, shards, whole_run[0]), Recorder())
+
+
+def test_an_unknown_metric_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"evaluate.metric: 'whole/PCK' is not among .*whole/AP"):
+        loop.chosen_metric({"whole/AP": 0.1}, "whole/PCK")
+
+
+def test_checkpoints_can_follow_the_clock(
+    tiny_config: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minutes = iter(range(10_000))
+    monkeypatch.setattr(
+        loop.time, "monotonic", lambda: 60.0 * next(minutes)
+    )  # every look at the clock is a minute later
+    config = tiny_config(train__epochs=1, train__checkpoint={"every_steps": None, "every_minutes": 0.5, "keep": 9})
+    recorder = Recorder()
+    train(config, place(config, shards, tmp_path), recorder)
+    steps = [int(name.removeprefix("step-")) for name in recorder.checkpoints]
+    assert steps[:-1] == [step for step in range(2, steps[-1], 2)]
+
+
+@pytest.mark.slow
+def test_two_workers_on_half_batches_equal_one_on_the_whole(tmp_path: Path) -> None:
+    """With synchronised batch norm, in float64, over real gradient averaging: the same losses and weights."""
+    script = Path(__file__).with_name("halves.py")
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two, plain = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two", "plain"))
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-9)
+    np.testing.assert_allclose(two["norms"], one["norms"], rtol=1e-7)
+    # without it the workers' own batch statistics make a difference, small at first
+    np.testing.assert_allclose(plain["loss"], one["loss"], rtol=0.01)
+    assert not np.allclose(plain["loss"], one["loss"], rtol=1e-6)
