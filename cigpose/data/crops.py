@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ class CropMaker:
     def _train(self, picture: Picture, out: np.ndarray, rows: _Rows, stage: AugmentationStage) -> None:
         record = read_record(picture.path, *picture.json_extent)
         keys = [f"{picture.dataset}/{picture.key}#{record['persons'][i]['id']}" for i in picture.persons]
-        rngs = [self._rng(key) for key in keys]
+        rngs = [self.generator(key) for key in keys]
         persons = [
             augment_person(self._person(record, i), rng, stage, self.keypoint_set)
             for i, rng in zip(picture.persons, rngs, strict=True)
@@ -174,7 +175,7 @@ class CropMaker:
         entry = record["detections" if self.boxes == "detections" else "persons"][place]
         center, scale = box_to_center_scale(np.asarray(entry["bbox_xyxy"]), self.padding)
         if "keypoints" in entry:
-            points = np.asarray(entry["keypoints"], dtype=np.float64).reshape(-1, 3)
+            points = np.fromiter(itertools.chain.from_iterable(entry["keypoints"]), np.float64).reshape(-1, 3)
         else:
             points = np.zeros((len(self.keypoint_set), 3))
         return Person(
@@ -199,7 +200,8 @@ class CropMaker:
             crop_image(image, matrix, self.input_size, person.mirrored, out=crop)
         return matrices
 
-    def _rng(self, key: str) -> np.random.Generator:
+    def generator(self, key: str) -> np.random.Generator:
+        """The generator of one person in this epoch, by its key `<dataset>/<image key>#<person id>`."""
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         return np.random.default_rng([self.seed, self.epoch or 0, int.from_bytes(digest, "little")])
 

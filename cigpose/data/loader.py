@@ -32,7 +32,7 @@ from cigpose.data.shardset import ShardSet, ShardTable
 Batch = dict[str, Any]
 
 PICTURES_PER_JOB = 8
-"""Pictures a process gets at a time; their crops pass through shared memory."""
+"""Pictures a process gets at a time; their crops come back through a pipe."""
 
 
 def train_loader(

@@ -277,33 +277,35 @@ def _source_positions(
     """
     width, height = input_size
     inverse = cv2.invertAffineTransform(matrix) * (1 << _MATRIX_BITS)
-    columns, rows = np.arange(width), np.arange(height)[:, None]
-    half = 1 << (_MATRIX_BITS - _FRACTION_BITS - 1)
-    whole = np.empty((height, width, 2), dtype=np.int16)
-    axes = []
-    for axis in range(2):
-        along = np.rint(inverse[axis, 0] * columns).astype(np.int32)
-        start = np.rint(inverse[axis, 1] * rows + inverse[axis, 2]).astype(np.int32) + half
-        position = start + along  # 1/1024 pixels, of which the last five bits do not count
-        if axis == 0 and mirror_width is not None:
-            np.bitwise_and(position, -(1 << (_MATRIX_BITS - _FRACTION_BITS)), out=position)
-            np.subtract((mirror_width - 1) << _MATRIX_BITS, position, out=position)
-        corners = position[[0, 0, -1, -1], [0, -1, 0, -1]] >> _MATRIX_BITS
-        if corners.min() < _INT16.min or corners.max() > _INT16.max:
-            np.clip(position, _INT16.min << _MATRIX_BITS, _INT16.max << _MATRIX_BITS, out=position)
-        np.right_shift(position, _MATRIX_BITS, out=whole[..., axis], casting="unsafe")
-        axes.append(position.astype(np.uint16))
-    fraction = axes[1] & np.uint16(_FRACTION_MASK << _FRACTION_BITS)
-    axes[0] >>= np.uint16(_MATRIX_BITS - _FRACTION_BITS)
-    axes[0] &= np.uint16(_FRACTION_MASK)
-    fraction |= axes[0]
-    return whole, fraction
+    along = np.rint(inverse[:, :1] * np.arange(width)).astype(np.int32)
+    start = np.rint(inverse[:, 1:2] * np.arange(height) + inverse[:, 2:]).astype(np.int32)
+    start += 1 << (_MATRIX_BITS - _FRACTION_BITS - 1)
+    position = (
+        start[:, :, None] + along[:, None, :]
+    )  # (2, height, width) 1/1024 pixels; the last five bits do not count
+    if mirror_width is not None:
+        np.bitwise_and(position[0], -(1 << (_MATRIX_BITS - _FRACTION_BITS)), out=position[0])
+        np.subtract((mirror_width - 1) << _MATRIX_BITS, position[0], out=position[0])
+    corners = position[:, [0, 0, -1, -1], [0, -1, 0, -1]] >> _MATRIX_BITS
+    if corners.min() < _INT16.min or corners.max() > _INT16.max:
+        np.clip(position, _INT16.min << _MATRIX_BITS, _INT16.max << _MATRIX_BITS, out=position)
+    fraction_x, fraction_y = position.astype(np.uint16)
+    fraction_x >>= np.uint16(_MATRIX_BITS - _FRACTION_BITS)
+    fraction_x &= np.uint16(_FRACTION_MASK)
+    fraction_y &= np.uint16(_FRACTION_MASK << _FRACTION_BITS)
+    fraction_y |= fraction_x
+    position >>= _MATRIX_BITS
+    whole = cv2.merge(list(position.astype(np.int16)))
+    return whole, fraction_y
 
 
 def draw_hsv_gains(rng: np.random.Generator, stage: AugmentationStage) -> tuple[int, int, int]:
     """Whole-number changes of hue, saturation and value; each is left out with probability 1/2."""
-    gains = rng.uniform(-1, 1, 3) * stage.hsv_delta * rng.integers(0, 2, 3)
-    hue, saturation, value = (int(gain) for gain in gains)  # towards zero
+    draws = rng.random(6).tolist()
+    hue, saturation, value = (
+        int((2 * size - 1) * delta) if kept < 0.5 else 0  # int: towards zero
+        for size, kept, delta in zip(draws[:3], draws[3:], stage.hsv_delta, strict=True)
+    )
     return hue, saturation, value
 
 
@@ -321,16 +323,15 @@ def change_hsv(crop: np.ndarray, gains: Sequence[int]) -> np.ndarray:
         turned = ((np.arange(256) + gains[0]) % 180).astype(np.uint8)
         cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), turned), hsv, 0)
     flat = hsv.reshape(hsv.shape[0], -1)
-    more, less = (
-        np.tile(np.array([0, *(max(0, min(255, sign * gain)) for gain in gains[1:])], dtype=np.uint8), hsv.shape[1])
-        for sign in (1, -1)
-    )
-    if more.any():  # uint8 addition that stops at 255
-        np.minimum(flat, 255 - more, out=flat)
-        flat += more
-    if less.any():
-        np.maximum(flat, less, out=flat)
-        flat -= less
+    more, less = ([0, *(max(0, min(255, sign * gain)) for gain in gains[1:])] for sign in (1, -1))
+    if any(more):  # uint8 addition that stops at 255
+        row = np.array(more * hsv.shape[1], dtype=np.uint8)
+        np.minimum(flat, 255 - row, out=flat)
+        flat += row
+    if any(less):
+        row = np.array(less * hsv.shape[1], dtype=np.uint8)
+        np.maximum(flat, row, out=flat)
+        flat -= row
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
 
 
