@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def deliver(spool: Spool, client: MlflowClient) -> int:
         return _deliver_pending(spool, client)
     except LostRunError:
         log.warning("MLflow has no run %s any more: its history is sent again as a new run.", spool.state["run_id"])
-        spool.update(run_id=None, sent=0)
+        spool.start_over()
         return _deliver_pending(spool, client)
 
 
@@ -230,6 +229,16 @@ class Courier:
             deliver_folder(self.siblings.pop(), client, self._address)
 
 
+def is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether MLflow has a run, and not in its bin."""
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as err:
+        if err.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 def deliver_folder(folder: Path, client: MlflowClient, address: str) -> int:
     """Deliver what a run that ended could not, if it belongs to this address and nobody works on it."""
     if not Spool.exists(folder):
@@ -238,9 +247,21 @@ def deliver_folder(folder: Path, client: MlflowClient, address: str) -> int:
     if not spool.pending() or spool.state["address"] != address or not spool.acquire():
         return 0
     try:
-        started = time.monotonic()
-        count = deliver(spool, client)
-        log.info("%s: %d records delivered in %.1f s.", folder, count, time.monotonic() - started)
-        return count
+        return deliver(spool, client)
+    finally:
+        spool.release()
+
+
+def deliver_run(folder: Path, client: MlflowClient, address: str, artifacts: str | None) -> str | None:
+    """MLflow's id of the run tracked in `folder`; where this MLflow does not have it, its history is sent again."""
+    spool = Spool(folder)
+    if not spool.acquire(timeout_s=10):
+        return None
+    try:
+        known = spool.state["run_id"]
+        if spool.state["address"] != address or known is None or not is_active(client, known):
+            spool.start_over(address=address, artifacts=artifacts)
+        deliver(spool, client)
+        return spool.state["run_id"]
     finally:
         spool.release()

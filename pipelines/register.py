@@ -124,16 +124,12 @@ def training_run(client: MlflowClient, config: Config, run_id: str, address: str
         RegisterError: MLflow has no such run.
     """
     found = tracking.resolve_run_id(client, config, run_id, project_root() / ".runs", address)
-    try:
-        if found is not None and client.get_run(found).info.lifecycle_stage == "active":
-            return found
-    except MlflowException as err:
-        if err.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    raise RegisterError(
-        f"{MODEL}/run.json: MLflow at {address} has no run {run_id}. Is the address that of the training? "
-        "`dvc repro --force --single-item train` tracks it anew."
-    )
+    if found is None:
+        raise RegisterError(
+            f"{MODEL}/run.json: MLflow at {address} has no run {run_id}, and no folder of .runs/ has its history. Is "
+            "that the address of the training? `python -m pipelines.train --restart` trains and tracks anew."
+        )
+    return found
 
 
 def log_results(client: MlflowClient, run_id: str, evaluation: Evaluation, root: Path) -> None:

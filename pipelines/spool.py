@@ -41,6 +41,7 @@ class Spool:
         self._owner: IO[str] | None = None
         self._numbers = itertools.count(time.time_ns())
         self.state: dict[str, Any] = {"local_id": LOCAL + uuid.uuid4().hex, "run_id": None, "address": None, "sent": 0}
+        self.state["former_ids"] = []
         self.reload()
 
     @staticmethod
@@ -156,6 +157,15 @@ class Spool:
             if record["do"] == "metrics":
                 steps |= dict.fromkeys(record["values"], record["step"])
         return steps
+
+    def is_known_as(self, run_id: str) -> bool:
+        """Whether the run has, or had, this id."""
+        return run_id in (self.state["run_id"], self.state["local_id"], *self.state["former_ids"])
+
+    def start_over(self, **state: Any) -> None:
+        """Forget that anything was delivered: the next delivery makes a new run of the whole history."""
+        former = [*self.state["former_ids"], *filter(None, [self.state["run_id"]])]
+        self.update(run_id=None, sent=0, former_ids=former, **state)
 
     def update(self, **state: Any) -> None:
         """Change the state, on disk at once."""

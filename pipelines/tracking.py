@@ -24,7 +24,7 @@ import yaml
 from mlflow import MlflowClient
 
 from cigpose.config import Config
-from pipelines.delivery import Courier, deliver_folder, find_local, get_experiment
+from pipelines.delivery import Courier, deliver_folder, deliver_run, find_local, get_experiment, is_active
 from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, read_shard_index, shards_digest
 from pipelines.spool import LOCAL, Spool
 
@@ -240,7 +240,7 @@ def start_run(config: Config, kind: str = "train", *, run_folder: Path, run_id: 
         raise RuntimeError(f"{run_folder}: another process is writing to this run. Wait for it, or stop it first.")
     is_new = not spool.records_path.is_file()
     if spool.state["address"] != address:
-        spool.update(address=address, run_id=None, sent=0)
+        spool.start_over(address=address)
     if spool.state["run_id"] is None and run_id is not None and not run_id.startswith(LOCAL):
         client = connect(address)
         spool.update(run_id=run_id, experiment_id=client.get_run(run_id).info.experiment_id)
@@ -296,15 +296,20 @@ def _describe_shards(location: str | Path, context: str, hashes: Mapping[str, st
 
 
 def resolve_run_id(client: MlflowClient, config: Config, run_id: str, runs: Path, address: str) -> str | None:
-    """MLflow's id of a run, for one that began while MLflow could not be reached.
+    """MLflow's id of a run; None if there is no such run.
 
-    Delivers what the folders under `runs` still hold, then looks the run up.
+    Delivers first what the folders under `runs` still hold. A run that began while MLflow could not be reached gets its
+    id now, and one whose database was deleted, or that was tracked at another address, is sent again.
     """
-    for path in sorted(runs.glob("*/tracking.json")):
-        deliver_folder(path.parent, client, address)
-    if not run_id.startswith(LOCAL):
-        return run_id
-    return find_local(client, get_experiment(client, config.registry.experiment), run_id)
+    folders = [path.parent for path in sorted(runs.glob("*/tracking.json"))]
+    for folder in folders:
+        deliver_folder(folder, client, address)
+    for folder in folders:
+        if Spool(folder).is_known_as(run_id):
+            return deliver_run(folder, client, address, artifact_folder(address))
+    if run_id.startswith(LOCAL):
+        return find_local(client, get_experiment(client, config.registry.experiment), run_id)
+    return run_id if is_active(client, run_id) else None
 
 
 class _SystemSampler:

@@ -74,14 +74,9 @@ def make_toy(folder: Path, config: Config, root: Path) -> Path:
 
 
 def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=processes.environment(env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    full = [sys.executable, "-m", *command]
+    env = processes.environment(env)
+    return subprocess.run(full, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 120.0) -> Any:
@@ -102,7 +97,7 @@ def test_the_stages_of_this_project_are_known_to_the_policies(root: Path) -> Non
 
 def test_a_dvc_file_that_cannot_be_read_is_named(toy: Path) -> None:
     (toy / "dvc.yaml").write_text("stages: [")
-    with pytest.raises(retrain.StageError, match="dvc.yaml"):
+    with pytest.raises(retrain.StageError, match=r"dvc\.yaml: "):
         retrain.stages(toy)
 
 
@@ -112,7 +107,7 @@ def test_starting_from_a_stage(first: str | None, expected: list[str]) -> None:
 
 
 def test_starting_from_a_stage_that_does_not_exist() -> None:
-    with pytest.raises(retrain.StageError, match="no stage 'trian' in dvc.yaml. Stages: render, train"):
+    with pytest.raises(retrain.StageError, match=r"no stage 'trian' in dvc\.yaml\. Stages: render, train"):
         retrain.stages_from(ORDER, "trian")
 
 
@@ -162,7 +157,8 @@ def test_metrics_become_rows() -> None:
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print('ready', flush=True); time.sleep(600)"
+child = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; "
+child += "print('ready', flush=True); time.sleep(600)"
 subprocess.Popen([sys.executable, "-c", child])
 time.sleep(600)
 """
@@ -190,12 +186,8 @@ def test_make_retrain_runs_the_stages_and_keeps_prefects_state_in_the_project(to
     done = run(toy, "pipelines.retrain", "-S", "train.epochs=7", HOME=str(home))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().endswith("toy: version 3 is the new champion.")
-    assert [
-        line.partition("Task run '")[2].split("'")[0] for line in done.stderr.splitlines() if "at work" in line
-    ] == [
-        *("render", "render"),
-        *ORDER[1:],
-    ]
+    at_work = [line for line in done.stderr.splitlines() if line.endswith("at work")]
+    assert [line.partition("Task run '")[2].split("'")[0] for line in at_work] == ["render", *ORDER]
     assert "train.epochs was 4, is 7 now" in done.stderr
     assert load_params(toy / "params.yaml").train.epochs == 7
     assert (toy / ".prefect/prefect.db").is_file()
@@ -219,7 +211,11 @@ class Prefect:
         import requests
 
         address = f"{self.env['PREFECT_API_URL']}/{path}"
-        reply = requests.post(address, json=body, timeout=30) if body is not None else requests.get(address, timeout=30)
+        for _ in range(10):
+            reply = requests.get(address, timeout=30) if body is None else requests.post(address, json=body, timeout=30)
+            if reply.status_code != 503:  # sqlite is busy: Prefect's own client asks again too
+                break
+            time.sleep(0.5)
         reply.raise_for_status()
         return reply.json()
 
@@ -272,9 +268,8 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     assert [task["name"] for task in tasks] == ORDER
     lines = wait_for(lambda: (found := prefect.lines(first)) and "register at work" in found and found)
     assert "params.yaml: train.epochs was 4, is 6 now." in lines
-    artifacts = {
-        item["key"]: item for item in prefect.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [first]}}})
-    }
+    found = prefect.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [first]}}})
+    artifacts = {item["key"]: item for item in found}
     table = json.loads(artifacts["retrain-metrics"]["data"])
     assert table[0] == {"part": "whole", "AP": 0.61, "AR": 0.7}
     assert "version 3 is the new champion" in artifacts["retrain-registered"]["data"]

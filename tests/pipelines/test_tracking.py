@@ -83,6 +83,22 @@ def test_history_is_sent_again_when_the_run_was_deleted(project: Path, config: C
     assert client.get_run(again.run_id).data.params["seed"] == "0"
 
 
+def test_a_finished_run_whose_database_was_lost_is_found_by_its_old_id(
+    project: Path, config: Config, address: str, empty_database: Path
+) -> None:
+    with tracking.start_run(config, run_folder=project / ".runs/a") as run:
+        run.log_metrics({"loss": 1.0}, 1)
+    shutil.copyfile(empty_database, project / "new.db")
+    new = f"sqlite:///{project}/new.db"
+    client = tracking.connect(new)
+    first = tracking.resolve_run_id(client, config, run.run_id, project / ".runs", new)
+    assert first not in (None, run.run_id)
+    assert history(client, first, "loss") == [(1, 1.0)]
+    assert client.get_run(first).info.status == "FINISHED"
+    assert tracking.resolve_run_id(client, config, run.run_id, project / ".runs", new) == first
+    assert tracking.resolve_run_id(client, config, "0" * 32, project / ".runs", new) is None
+
+
 def test_history_is_sent_again_to_another_address(
     project: Path, config: Config, make_config: Callable[..., Config], empty_database: Path
 ) -> None:
