@@ -137,27 +137,12 @@ class Canvas:
         along -= clipped
         if caps != (1.0, 1.0):
             along *= np.where(along < 0, np.float32(caps[0]), np.float32(caps[1]))
-        steps = len(radius)
-        place = clipped * np.float32((steps - 1) / length)
+        place = clipped * np.float32((len(radius) - 1) / length)
         index = (place + np.float32(0.5)).astype(np.intp)
-        size = np.take(radius.astype(np.float32), index, mode="clip")
         distance = across * across
         distance += along * along
         np.sqrt(distance, out=distance)
-        if smooth:
-            # Between two samples the radius is interpolated, and where the outline runs at an angle to the axis its
-            # edge is nearer than measured across it.
-            slope = np.empty(steps, np.float32)
-            np.subtract(radius[1:], radius[:-1], out=slope[1:])
-            slope[0] = 0
-            size += (place - index) * np.take(slope, index, mode="clip")
-            slope *= (steps - 1) / length
-            alpha = (size - distance) * np.take(1 / np.sqrt(1 + np.minimum(slope * slope, 9)), index, mode="clip")
-            alpha += np.float32(0.5)
-        else:
-            alpha = size - distance
-            alpha += np.float32(0.5)
-        np.minimum(np.maximum(alpha, _ZERO, out=alpha), _ONE, out=alpha)
+        size, alpha = _outline(radius, place, index, distance, length if smooth else None)
         inverse = np.float32(1) / size
         toward = distance
         toward *= inverse
@@ -175,7 +160,7 @@ class Canvas:
             painted = np.take(color.astype(np.float32), index, axis=1, mode="clip")
             painted *= shade
         if panel is not None:
-            panel.paint(painted, across, toward, index / np.float32(steps - 1), shade)
+            panel.paint(painted, across, toward, index / np.float32(len(radius) - 1), shade)
         self.blend(box, painted, alpha, depth, 1.0 + 0.07 * reach)
 
     def _shade(
@@ -209,6 +194,34 @@ class Canvas:
         """Expose: add noise (H, W), multiply each channel by its gain (3,). (H, W, 3) uint8 RGB."""
         planes = [cv2.scaleAdd(grain, strength, plane) for plane in self.color]
         return cv2.merge([cv2.convertScaleAbs(plane, alpha=factor) for plane, factor in zip(planes, gain, strict=True)])
+
+
+def _outline(
+    radius: np.ndarray, place: np.ndarray, index: np.ndarray, distance: np.ndarray, length: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Radius of a loft at each pixel and the pixel's coverage, (h, w) each.
+
+    Args:
+        radius: (N,) radii in pixels along the axis.
+        place: (h, w) position along the axis, 0 to N - 1.
+        index: `place` as whole numbers.
+        distance: (h, w) pixels from the axis.
+        length: of the axis in pixels, to interpolate the radii; None to keep steps (cuffs) sharp.
+    """
+    size = np.take(radius.astype(np.float32), index, mode="clip")
+    if length is None:
+        alpha = size - distance
+    else:
+        slope = np.empty(len(radius), np.float32)
+        np.subtract(radius[1:], radius[:-1], out=slope[1:])
+        slope[0] = 0
+        size += (place - index) * np.take(slope, index, mode="clip")
+        slope *= (len(radius) - 1) / length
+        # Where the outline runs at an angle to the axis, its edge is nearer than measured across it.
+        alpha = (size - distance) * np.take(1 / np.sqrt(1 + np.minimum(slope * slope, 9)), index, mode="clip")
+    alpha += np.float32(0.5)
+    np.minimum(np.maximum(alpha, _ZERO, out=alpha), _ONE, out=alpha)
+    return size, alpha
 
 
 @dataclass(frozen=True)

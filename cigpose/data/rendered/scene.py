@@ -91,6 +91,9 @@ def _cast_figures(rng: np.random.Generator, config: RenderConfig, horizon: int) 
     shares = np.array([0.52, 0.32, 0.16] + [0.1] * max(config.max_persons - 3, 0))[: config.max_persons]
     count = 1 + int(rng.choice(len(shares), p=shares / shares.sum()))
     slots = (rng.permutation(count) + 0.5 + rng.uniform(-0.42, 0.42, count)) / count
+    # Some groups stand close together, so that people hide each other.
+    spread = rng.uniform(0.35, 1.0)
+    slots = 0.5 + (1 - spread) * rng.uniform(-0.35, 0.35) + spread * (slots - 0.5)
     figures = []
     for slot in slots:
         person = sample_person(rng)
