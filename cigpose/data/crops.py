@@ -26,7 +26,7 @@ from cigpose.data.transforms import (
 )
 
 _REDUCED = {
-    1: cv2.IMREAD_COLOR,
+    1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # from OpenCV 4.11 on
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
@@ -228,6 +228,8 @@ def decode(picture: Picture, factor: int, size: tuple[int, int]) -> np.ndarray:
             f" {expected[1]}. Correct the annotations' width and height (or the picture's EXIF orientation) and shard"
             " again."
         )
+    if _REDUCED[factor] == getattr(cv2, "IMREAD_COLOR_RGB", None):
+        return image
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 

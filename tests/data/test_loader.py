@@ -20,7 +20,7 @@ from cigpose.config import Config
 from cigpose.data import crops as crops_module
 from cigpose.data import remote, shardset
 from cigpose.data.archives import DataError
-from cigpose.data.crops import reduced_matrix
+from cigpose.data.crops import Picture, reduced_matrix
 from cigpose.data.loader import eval_loader, train_loader
 from cigpose.data.transforms import crop_image, crop_matrix, crop_to_image
 
@@ -260,7 +260,19 @@ def test_detected_boxes_are_cropped_with_their_scores(tiny_shards: Any) -> None:
     assert not batch["visible"].any()
 
 
-# Scaled decoding
+# Decoding
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_pictures_are_decoded_as_rgb(tmp_path: Path, factor: int) -> None:
+    blue = np.zeros((40, 56, 3), dtype=np.uint8)
+    blue[..., 0] = 255  # as OpenCV writes: BGR
+    raw = cv2.imencode(".jpg", blue)[1].tobytes()
+    (tmp_path / "blue.jpg").write_bytes(raw)
+    picture = Picture(tmp_path / "blue.jpg", "a", "blue", (0, 0), (0, len(raw)), (0,), (0,), (0,))
+    image = crops_module.decode(picture, factor, (56, 40))
+    assert image.shape == (40 // factor, 56 // factor, 3)
+    assert image[..., 2].min() > 250 and image[..., :2].max() < 5
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -269,7 +281,8 @@ def test_a_reduced_picture_is_cropped_at_the_same_place(factor: int, mirrored: b
     image = np.random.default_rng(0).integers(0, 256, (483, 642, 3), dtype=np.uint8)
     image = cv2.normalize(cv2.GaussianBlur(image, (0, 0), 9), None, 0, 255, cv2.NORM_MINMAX)
     raw = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 98])[1]
-    full, reduced = (cv2.imdecode(raw, crops_module._REDUCED[f]) for f in (1, factor))
+    flags = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+    full, reduced = (cv2.imdecode(raw, flag) for flag in (cv2.IMREAD_COLOR, flags[factor]))
     matrix = crop_matrix(np.array([300.0, 240.0]), np.array([272.0, 544.0]), 20.0, (32, 64))
     expected = crop_image(full, matrix, (32, 64), mirrored).astype(float)
     small = reduced_matrix(matrix, factor, full.shape[1], reduced.shape[1], mirrored)
