@@ -7,8 +7,8 @@
             complete.json       size and sha256 of the two; written last
         weights-000001000.safetensors
 
-A checkpoint without complete.json, or whose files have other sizes, does not exist: a half-written one is never picked. On
-a local disk a checkpoint is also written under another name and renamed when whole.
+A checkpoint without complete.json, or whose files have other sizes, does not exist: a half-written one is never picked.
+On a local disk a checkpoint is also written under another name and renamed when whole.
 """
 
 from __future__ import annotations
