@@ -1,0 +1,102 @@
+"""Two Ray nodes on this machine, shards over HTTP; one node is lost on the way."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_train_stage import Stage, stage  # noqa: F401  (a fixture)
+
+from pipelines.worker import explain
+
+PARAMS = {"train": {"batch_total": 64, "accumulate_steps": 2, "cluster": {"num_workers": 4}}}
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "with 8 persons per forward pass: raise train.accumulate_steps"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "out of memory on"),
+        (OSError(28, "No space left on device", "/data/x.tar"), "/data/x.tar"),
+        (ValueError("shard 3: 5 persons, index.json says 6."), "shard 3: 5 persons"),
+        (KeyError("a bug"), "KeyError in a worker"),
+    ],
+    ids=["GPU memory", "memory", "disk", "data", "bug"],
+)
+def test_what_would_fail_again_is_told_in_words(error: Exception, message: str) -> None:
+    assert message in (explain(error, PARAMS) or "")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Connection closed by peer [127.0.0.1]:1"), ConnectionResetError("peer")]
+)
+def test_what_the_death_of_a_peer_causes_is_tried_again(error: Exception) -> None:
+    assert explain(error, PARAMS) is None
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[object, str]]:
+    """A cluster of two nodes with room for one worker each."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        yield cluster, cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
+def served(stage: Stage) -> Iterator[str]:  # noqa: F811
+    """Address of the shards."""
+    handler = functools.partial(Quiet, directory=str(stage.folder / "data/shards"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.slow
+def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
+    stage: Stage,  # noqa: F811
+    two_nodes: tuple[object, str],
+    served: str,
+    tmp_path: Path,
+) -> None:
+    cluster, address = two_nodes
+    stage.params(
+        train__epochs=6,
+        train__cluster={"num_workers": 2, "use_gpu": False, "min_workers": 1},
+        train__checkpoint={"every_steps": 2, "every_minutes": None, "keep": 2},
+        train__loader__cache=str(tmp_path / "cache"),
+        data__locations={name: f"{served}/{name}" for name in ("rendered-train", "rendered-val")},
+    )
+    token = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]} if "RAY_AUTH_TOKEN" in os.environ else {}
+    process = stage.start(RAY_ADDRESS=address, **token)
+    stage.wait_for_step(4)
+    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    assert "resumed at step" in output
+    assert list((tmp_path / "cache").glob("*.tar"))
+    run = json.loads((stage.folder / "data/model/run.json").read_text())
+    assert run["epochs"] == 6
+    weights = safetensors.torch.load_file(stage.folder / "data/model/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
