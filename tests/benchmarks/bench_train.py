@@ -210,9 +210,8 @@ def main() -> None:
             print(f"  {whole * 1000:.0f} ms: {whole / alone - 1:+.1%} (goal: below 5%)")
         if "workers" in options.parts:
             one, two = on_ray(small(1, batch=8), root), on_ray(small(2, batch=16), root)
-            print(
-                f"\nworkers: one {8 / one:.1f} persons/s, two {16 / two:.1f}: x{2 * one / two:.2f} (goal: 1.7 on 2 cores)"
-            )
+            print(f"\nworkers: one {8 / one:.1f} persons/s, two {16 / two:.1f}")
+            print(f"  speed-up {2 * one / two:.2f} (goal: 1.7 on 2 cores)")
 
 
 if __name__ == "__main__":
