@@ -16,12 +16,12 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +172,19 @@ def measure_memory(options: argparse.Namespace) -> None:
     """The child's part of `print_memory`."""
     config = load_preset(options.preset)
     step = make_step(make_head(config, options.memory_of), config, options.batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_kilobytes("VmRSS")
     step()
     step()
-    print(json.dumps({"megabytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+    print(json.dumps({"megabytes": (resident_kilobytes("VmHWM") - before) / 1024}))
+
+
+def resident_kilobytes(field: str) -> int:
+    """Linux' own figure of this process: now (VmRSS) or at most so far (VmHWM).
+
+    getrusage would give a child the largest set of its parent.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def main() -> None:
