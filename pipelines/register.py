@@ -25,8 +25,6 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config, load_params
-from cigpose.deploy.onnx import export_onnx
-from cigpose.model.weights import load_checkpoint
 from pipelines import tracking
 from pipelines.lineage import content_digest, file_sha256, project_root, read_shard_index
 from pipelines.package import Package, log_package, model_card, parts_table, read_lineage, shards_location
@@ -85,15 +83,14 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     log_results(client, run_id, evaluation, root)
     registry = Registry(client, config.registry.model)
     registry.ensure(f"Pose models. Use the version with the alias `{CHAMPION}`.")
-    weights = root / MODEL / "model.safetensors"
-    identity = {RUN_TAG: run_id, WEIGHTS_TAG: file_sha256(weights)}
+    identity = {RUN_TAG: run_id, WEIGHTS_TAG: file_sha256(root / MODEL / "model.safetensors")}
     found = registry.find(run_id, identity[WEIGHTS_TAG])
     if found is not None:
         version = int(found.version)
         registry.tag(version, evaluation.tags())  # the same weights may have been evaluated in another way
     else:
+        package = make_package(config, root, {**run_info, "run_id": run_id}, evaluation)
         with tempfile.TemporaryDirectory(prefix="cigpose-register-") as folder:
-            package = make_package(config, root, {**run_info, "run_id": run_id}, evaluation, Path(folder))
             model_id = log_package(client, package, run_id, Path(folder) / "model", root)
             log_figures(client, run_id, evaluation, model_id)
         tags = identity | evaluation.tags() | origin_tags(package)
@@ -151,24 +148,28 @@ def log_figures(client: MlflowClient, run_id: str, evaluation: Evaluation, model
     client.log_batch(run_id, metrics=metrics)
 
 
-def make_package(
-    config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Evaluation, folder: Path
-) -> Package:
-    """Gather the parts of a complete model; the ONNX file is exported unless the report has one."""
-    weights, onnx = root / MODEL / "model.safetensors", root / REPORT / "model.onnx"
-    if not onnx.is_file():
-        onnx = export_onnx(load_checkpoint(weights), config, folder / "model.onnx")
-    pictures = [path for path in sorted((root / REPORT / "pictures").glob("*")) if path.suffix in (".jpg", ".png")]
-    return Package(
+def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Evaluation) -> Package:
+    """Gather the parts of a complete model.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    report = root / REPORT
+    pictures = [path for path in sorted((report / "pictures").glob("*")) if path.suffix in (".jpg", ".png")]
+    package = Package(
         config=config,
-        weights=weights,
+        weights=root / MODEL / "model.safetensors",
         params=root / MODEL / "params.yaml",
-        onnx=onnx,
+        onnx=report / "model.onnx",
         evaluation=evaluation,
         lineage=read_lineage(config, root),
         pictures=pictures[: config.registry.pictures],
         run=run_info,
     )
+    for path in (package.weights, package.params, package.onnx):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found. `dvc repro` makes it.")
+    return package
 
 
 def origin_tags(package: Package) -> dict[str, str]:

@@ -26,7 +26,7 @@ from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.tracking import artifact_folder, connect, tracking_address
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 HOST = "127.0.0.1"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOP = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))

@@ -137,7 +137,7 @@ class MlflowServer:
         server.log.parent.mkdir(parents=True, exist_ok=True)
         with server.log.open("a") as log:
             self.process = ui.start(server.command, cwd=self.folder, env=server.env, output=log)
-        ui.wait_healthy(server, self.process, 120)
+        ui.wait_healthy(server, self.process, 300)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -148,8 +148,7 @@ class MlflowServer:
 
 @pytest.fixture
 def mlflow_server(project: Path) -> Iterator[MlflowServer]:
-    """A server, started."""
+    """A server, not yet started."""
     server = MlflowServer(project)
-    server.start()
     yield server
     server.kill()

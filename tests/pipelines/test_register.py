@@ -134,7 +134,6 @@ def test_a_registered_model_is_complete(project: Path, trained, config: Config, 
         "stages:\n  shard@rendered-val:\n    outs:\n    - path: data/shards/rendered-val\n      md5: 77.dir\n"
     )
     run_id = trained(config, seed=1, whole_ap=0.61)
-    (project / "data/report/model.onnx").unlink()  # so that it is exported here
     assert register.main([]) == 0
     printed = capsys.readouterr().out
     assert "version 1, alias champion: models:/cigpose-quickstart@champion" in printed
@@ -206,7 +205,13 @@ def test_a_run_that_mlflow_does_not_have_is_named(project: Path, trained, config
 
 
 @pytest.mark.parametrize(
-    "missing", ["data/model/run.json", "data/metrics/evaluate.json", "data/shards/rendered-val/index.json"]
+    "missing",
+    [
+        "data/model/run.json",
+        "data/metrics/evaluate.json",
+        "data/shards/rendered-val/index.json",
+        "data/report/model.onnx",
+    ],
 )
 def test_a_missing_input_is_named(project: Path, trained, config: Config, capsys, missing: str) -> None:
     trained(config, seed=1, whole_ap=0.5)

@@ -79,7 +79,7 @@ def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[
     return subprocess.run(full, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+def wait_for(what: Callable[[], Any], timeout_s: float = 240.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := what()):
         assert time.monotonic() < deadline, what
@@ -107,8 +107,8 @@ def test_starting_from_a_stage(first: str | None, expected: list[str]) -> None:
 
 
 def test_starting_from_a_stage_that_does_not_exist() -> None:
-    with pytest.raises(retrain.StageError, match=r"no stage 'trian' in dvc\.yaml\. Stages: render, train"):
-        retrain.stages_from(ORDER, "trian")
+    with pytest.raises(retrain.StageError, match=r"no stage 'trains' in dvc\.yaml\. Stages: render, train"):
+        retrain.stages_from(ORDER, "trains")
 
 
 def test_overrides_are_written_to_params_and_told(project: Path, config: Config) -> None:
@@ -126,7 +126,7 @@ def test_overrides_are_written_to_params_and_told(project: Path, config: Config)
         ({"train.epoch": 9}, "train.epoch: unknown key. Did you mean 'epochs'"),
         ({"train.epochs": "many"}, "train.epochs: expected int"),
         ({"train.batch_total": 3}, "batch_total must be a multiple of"),
-        ({"trian.epochs": 9}, "'trian' is not a section"),
+        ({"trains.epochs": 9}, "'trains' is not a section"),
     ],
     ids=["unknown key", "wrong type", "refused value", "unknown section"],
 )
@@ -238,7 +238,7 @@ class Prefect:
 @pytest.fixture
 def prefect(toy: Path) -> Iterator[Prefect]:
     server = ui.prefect_server(toy, ui.free_port())
-    with ui.running(server, root=toy):
+    with ui.running(server, root=toy, timeout_s=300):
         made = Prefect(toy, server)
         made.command("work-pool", "create", "local", "--type", "process")
         made.command("--no-prompt", "deploy", "--all")

@@ -63,7 +63,7 @@ def test_a_registered_model_is_loaded_and_served(project: Path, trained, config:
         log=project / "serve.log",
         env={"MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
     )
-    with ui.running(server, root=project):
+    with ui.running(server, root=project, timeout_s=300):
         text = base64.b64encode(picture).decode()
         record = {"image": text, "boxes": json.dumps(boxes)}
         reply = requests.post(f"{server.address}/invocations", json={"dataframe_records": [record]}, timeout=60)

@@ -178,6 +178,7 @@ def test_a_server_killed_and_brought_back_gets_everything_once_and_nobody_waits(
 ) -> None:
     monkeypatch.setattr(delivery, "SILENCE_S", 0.5)
     monkeypatch.setattr(delivery, "GATHER_S", 0.05)
+    mlflow_server.start()
     run = tracking.start_run(make_config(tracking_uri=mlflow_server.address), run_folder=project / ".runs/a")
     spool = Spool(project / ".runs/a")
 
@@ -214,7 +215,6 @@ def test_a_training_with_its_server_down_throughout_is_delivered_by_a_later_one(
     project: Path, make_config: Callable[..., Config], mlflow_server
 ) -> None:
     config = make_config(tracking_uri=mlflow_server.address)
-    mlflow_server.kill()
     started = time.monotonic()
     run = tracking.start_run(config, run_folder=project / ".runs/a")
     run.log_metrics({"loss": 1.0}, 1)

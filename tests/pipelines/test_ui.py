@@ -93,7 +93,7 @@ def test_make_ui_brings_both_up_draws_them_and_leaves_nothing_behind(project: Pa
     log = (project / "ui.log").open("w")
     process = processes.start([sys.executable, "-m", "pipelines.ui"], cwd=project, env=ports, output=log)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while (
             "Ctrl-C" not in (project / "ui.log").read_text() and time.monotonic() < deadline and process.poll() is None
         ):
