@@ -87,7 +87,7 @@ def fix_aspect_ratio(scale: np.ndarray, input_size: tuple[int, int]) -> np.ndarr
 
 
 def crop_matrix(
-    center: np.ndarray, scale: np.ndarray, rotation: float, input_size: tuple[int, int] | np.ndarray
+    center: np.ndarray, scale: np.ndarray | tuple[float], rotation: float, input_size: tuple[int, int] | np.ndarray
 ) -> np.ndarray:
     """Affine map from image to crop pixels.
 
@@ -238,7 +238,8 @@ def augment_person(
 
 def person_matrix(person: Person, input_size: tuple[int, int]) -> np.ndarray:
     """(2, 3) float64, from image pixels (mirrored if the person is) to crop pixels."""
-    return crop_matrix(person.center, fix_aspect_ratio(person.scale, input_size), person.rotation, input_size)
+    width = max(person.scale[0], person.scale[1] * (input_size[0] / input_size[1]))  # as `fix_aspect_ratio`
+    return crop_matrix(person.center, (width,), person.rotation, input_size)
 
 
 def crop_image(
@@ -344,28 +345,30 @@ class PixelAugmentation:
     def __init__(self, stage: AugmentationStage) -> None:
         self._stage = stage
         low, high = stage.dropout_size
+        hole = {"num_holes_range": (1, 1), "hole_height_range": (low, high), "hole_width_range": (low, high)}
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a name albumentations does not know is only a warning there
-            self._steps: list[tuple[float, albumentations.ImageOnlyTransform]] = [
-                (stage.blur_prob, albumentations.Blur(blur_limit=BLUR_SIZES, p=1.0)),
-                (stage.median_blur_prob, albumentations.MedianBlur(blur_limit=BLUR_SIZES, p=1.0)),
-                (
-                    stage.dropout_prob,
-                    albumentations.CoarseDropout(
-                        num_holes_range=(1, 1),
-                        hole_height_range=(low, high),
-                        hole_width_range=(low, high),
-                        fill=0,
-                        p=1.0,
-                    ),
-                ),
-            ]
+            blur = albumentations.Blur(blur_limit=BLUR_SIZES, p=1.0)
+            median_blur = albumentations.MedianBlur(blur_limit=BLUR_SIZES, p=1.0)
+            self._dropout = albumentations.CoarseDropout(**hole, fill=0, p=1.0)
+        self._steps: list[tuple[float, albumentations.ImageOnlyTransform]] = [
+            (stage.blur_prob, blur),
+            (stage.median_blur_prob, median_blur),
+            (stage.dropout_prob, self._dropout),
+        ]
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The changed crop, (H, W, 3) uint8 RGB; the argument keeps its pixels."""
         crop = change_hsv(crop, draw_hsv_gains(rng, self._stage))
-        for chance, (probability, transform) in zip(rng.random(len(self._steps)), self._steps, strict=True):
-            if chance < probability:
-                transform.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
+        for chance, (probability, transform) in zip(rng.random(len(self._steps)).tolist(), self._steps, strict=True):
+            if chance >= probability:
+                continue
+            transform.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
+            if transform is self._dropout:
+                # Its `apply` would copy the crop and build a generator to fill with black.
+                holes = transform.get_params_dependent_on_data({"shape": crop.shape}, {})["holes"]
+                for left, top, right, bottom in holes:
+                    crop[top:bottom, left:right] = 0
+            else:
                 crop = transform(image=crop)["image"]
         return crop

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,10 +358,22 @@ def test_blurs_come_with_their_probability_and_every_odd_size(name: str) -> None
         assert abs(sizes.count(size) / 1200 - 1 / 6) < 4 * np.sqrt(1 / 6 / 1200)
 
 
+def test_dropout_is_what_albumentations_makes_of_the_same_draws() -> None:
+    augmentation, plain = PixelAugmentation(quiet(dropout_prob=1.0)), np.full((64, 48, 3), 200, dtype=np.uint8)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        expected = change_hsv(plain, draw_hsv_gains(rng, quiet()))
+        rng.random(3)
+        dropout = augmentation._dropout
+        dropout.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
+        expected = dropout(image=expected)["image"]
+        np.testing.assert_array_equal(augmentation(plain, np.random.default_rng(seed)), expected)
+
+
 def test_albumentations_is_not_called_unless_a_draw_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     augmentation = PixelAugmentation(quiet())
     for _, transform in augmentation._steps:
-        monkeypatch.setattr(type(transform), "__call__", lambda *_, **__: pytest.fail("called"))
+        monkeypatch.setattr(type(transform), "set_random_state", lambda *_, **__: pytest.fail("called"))
     augmentation(np.zeros((8, 8, 3), dtype=np.uint8), np.random.default_rng(0))
 
 
