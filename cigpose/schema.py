@@ -19,6 +19,12 @@ class ConfigError(ValueError):
     """A parameter that cannot be used, with its path in params.yaml."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds; for `__post_init__` of a section."""
+    if not condition:
+        raise ValueError(message)
+
+
 def from_mapping(cls: type[T], values: Any, path: str = "") -> T:
     """Build dataclass `cls` from plain values.
 

@@ -159,7 +159,7 @@ def test_a_registered_model_is_complete(project: Path, trained, config: Config, 
         assert (folder / "artifacts" / name).stat().st_size > 0, name
     assert (folder / "README.md").read_text() == version.description
     assert (folder / "artifacts/pictures/page-00.jpg").is_file()
-    assert (folder / "code/cigpose/config.py").is_file()
+    assert (folder / "code/cigpose/config/experiment.py").is_file()
     assert len(json.loads((folder / "artifacts/keypoints.json").read_text())["names"]) == 133
     lineage = json.loads((folder / "artifacts/lineage.json").read_text())
     assert lineage["datasets"]["rendered-val"]["dvc_md5"] == "77.dir"

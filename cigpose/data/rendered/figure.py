@@ -31,10 +31,10 @@ class Person:
     looks: Appearance
 
 
-def sample_person(rng: np.random.Generator) -> Person:
+def sample_person(rng: np.random.Generator, turn: float = 1.0) -> Person:
     """A random person."""
     build = sample_build(rng)
-    pose = sample_pose(rng, build)
+    pose = sample_pose(rng, build, turn)
     face, left, right, looks = sample_face(rng), sample_hand(rng), sample_hand(rng), sample_appearance(rng)
     if looks.skirt and pose.legs_bent:
         looks = replace(looks, skirt=0.0, trouser=0.45)

@@ -96,7 +96,7 @@ def _cast_figures(rng: np.random.Generator, config: RenderConfig, horizon: int) 
     slots = 0.5 + (1 - spread) * rng.uniform(-0.35, 0.35) + spread * (slots - 0.5)
     figures = []
     for slot in slots:
-        person = sample_person(rng)
+        person = sample_person(rng, config.turn)
         view = rng.random()
         if count == 1 and view < 0.26:
             stature = height * rng.uniform(1.15, 1.9)

@@ -160,9 +160,15 @@ def sample_yaw(rng: np.random.Generator) -> float:
     return float(sign * rng.uniform(1.9, np.pi))
 
 
-def sample_pose(rng: np.random.Generator, build: Build) -> Pose:
-    """A natural pose: standing, walking, stepping, crouching or sitting, each arm on its own."""
-    yaw = sample_yaw(rng)
+def sample_pose(rng: np.random.Generator, build: Build, turn: float = 1.0) -> Pose:
+    """A natural pose: standing, walking, stepping, crouching or sitting, each arm on its own.
+
+    Args:
+        rng: of the person.
+        build: their proportions.
+        turn: factor on the heading; 0 has everyone face the camera.
+    """
+    yaw = turn * sample_yaw(rng)
     stance = draw(rng, (0.47, 0.2, 0.09, 0.05, 0.19))
     if stance == 4 and abs(yaw) > 1.8:
         yaw *= 0.5

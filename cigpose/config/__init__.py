@@ -1,0 +1,66 @@
+"""Every number of an experiment: one dataclass field per key of params.yaml.
+
+`load_params` reads params.yaml, `load_preset` one of `cigpose/presets/*.yaml`; both give a `Config`. A preset is a
+complete experiment: nothing is inherited and nothing changes after it is built.
+"""
+
+from cigpose.config.data import DataConfig, DatasetConfig, DownloadConfig, RenderConfig, ShardingConfig
+from cigpose.config.experiment import (
+    PRESETS,
+    Config,
+    config_from_mapping,
+    load_params,
+    load_preset,
+    preset_text,
+    presets,
+)
+from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
+from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig
+from cigpose.config.training import (
+    AugmentationConfig,
+    AugmentationStage,
+    CheckpointConfig,
+    ClusterConfig,
+    CosineConfig,
+    EMAConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from cigpose.schema import ConfigError
+
+__all__ = [
+    "PRESETS",
+    "AugmentationConfig",
+    "AugmentationStage",
+    "BackboneConfig",
+    "CausalConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "CosineConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DownloadConfig",
+    "EMAConfig",
+    "EvaluateConfig",
+    "HGNNConfig",
+    "HeadConfig",
+    "LoaderConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PublishedConfig",
+    "RegistryConfig",
+    "RenderConfig",
+    "ScheduleConfig",
+    "ShardingConfig",
+    "SimCCConfig",
+    "TrainConfig",
+    "config_from_mapping",
+    "load_params",
+    "load_preset",
+    "preset_text",
+    "presets",
+]

@@ -1,0 +1,140 @@
+"""`data` in params.yaml: what is fetched, drawn, sharded and read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cigpose.schema import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadConfig:
+    """What to fetch, and from where."""
+
+    sources: dict[str, tuple[str, ...]]
+    """Folder under data/raw -> names of files in the download table (`cigpose.data.download`). May be empty."""
+    mirror: str | None = None
+    """Address that replaces the hosts: <mirror>/<host>/<path>."""
+    parallel_files: int = 3
+    timeout_s: float = 30.0
+    """Seconds without a byte before a transfer is tried again."""
+    max_attempts: int = 8
+    drive_ids: dict[str, str] = field(default_factory=dict)
+    """File -> Google Drive id, for files handed out personally (UBody)."""
+
+    def __post_init__(self) -> None:
+        for name in ("parallel_files", "timeout_s", "max_attempts"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        for key in self.sources:
+            plain = key not in ("", ".", "..") and not set(key) & set("/\\")
+            require(plain, f"sources: {key!r} is no name of a folder under data/raw.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderConfig:
+    """A rendered dataset: articulated people drawn with OpenCV."""
+
+    seed: int
+    num_images: int
+    image_size: tuple[int, int]
+    """(width, height) in pixels."""
+    max_persons: int = 3
+    clutter: float = 0.5
+    """0: plain backgrounds, 1: crowded ones."""
+    turn: float = 1.0
+    """0: everyone faces the camera, 1: people are seen from all sides."""
+    occlusion: float = 0.3
+    """Share of persons with an occluder before them."""
+    spurious_context: float = 0.5
+    """Probability that the context object agrees with the pose of the right arm; 0.5: no relation."""
+    context: float = 0.5
+    """Share of persons with a context object beside them."""
+    hide_arm: float = 0.0
+    """Share of persons whose right arm is covered, labels kept."""
+    jpeg_quality: int = 92
+
+    def __post_init__(self) -> None:
+        require(self.num_images > 0, f"num_images must be positive, got {self.num_images}.")
+        require(min(self.image_size) >= 64, f"image_size must be at least 64 x 64, got {self.image_size}.")
+        require(self.max_persons >= 1, f"max_persons must be 1 or more, got {self.max_persons}.")
+        for name in ("clutter", "turn", "occlusion", "spurious_context", "context", "hide_arm"):
+            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetConfig:
+    """One set of shards: which pictures, which people."""
+
+    raw: str
+    """Folder under data/raw."""
+    reader: Literal["coco", "crowdpose", "ubody"]
+    """`coco` reads any COCO-keypoints JSON: COCO, COCO-WholeBody, rendered people, a user's own."""
+    images: str
+    """Zip or folder of pictures (UBody: of videos), relative to the raw folder."""
+    annotations: str
+    """JSON file, or `archive.zip:member` / `archive.tar:member` (UBody: zip of scenes)."""
+    detections: str | None = None
+    """JSON list of person boxes, for evaluation on detected boxes."""
+    frame_interval: int = 1
+    """UBody: an image is used when its id is a multiple of this."""
+    split: Literal["train", "val"] | None = None
+    """UBody: which side of the split file."""
+    split_file: str | None = None
+    """UBody: `splits.zip:member` or .npy with the names of the test videos."""
+    scenes: tuple[str, ...] = ()
+    """UBody: scenes in order; empty for all."""
+    ground_truth: bool = False
+    """Write annotations.json (every person, crowds too) beside the shards: what pycocotools scores against."""
+    first_person_only: bool = False
+    """UBody: keep only the first person of a frame, as the original converter does by accident."""
+
+    def __post_init__(self) -> None:
+        require(self.frame_interval >= 1, f"frame_interval must be 1 or more, got {self.frame_interval}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardingConfig:
+    """How shards are written."""
+
+    images_per_shard: int = 1000
+    jpeg_quality: int = 95
+    """Of frames taken from videos; photographs keep their bytes."""
+    max_bad_share: float = 0.0
+    """Share of persons that may be unreadable before the stage fails."""
+    verify_images: bool = False
+    """Decode every picture. Headers, ends and checksums are looked at in any case."""
+    processes: int = 0
+    """0: one per core, fewer where there is little to copy."""
+
+    def __post_init__(self) -> None:
+        require(self.images_per_shard >= 1, f"images_per_shard must be 1 or more, got {self.images_per_shard}.")
+        require(1 <= self.jpeg_quality <= 100, f"jpeg_quality must be between 1 and 100, got {self.jpeg_quality}.")
+        require(0 <= self.max_bad_share <= 1, f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
+        require(self.processes >= 0, f"processes must be 0 or more, got {self.processes}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where people come from."""
+
+    download: DownloadConfig
+    render: dict[str, RenderConfig]
+    """Folder under data/raw -> a rendered dataset. May be empty."""
+    datasets: dict[str, DatasetConfig]
+    """Folder under data/shards -> a set of shards."""
+    train: tuple[str, ...]
+    """Datasets trained on; each person once per epoch."""
+    val: str
+    """Dataset evaluated on."""
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    locations: dict[str, str] = field(default_factory=dict)
+    """Dataset -> address of its shards (s3://, http://, a folder) in place of data/shards/<dataset>."""
+
+    def __post_init__(self) -> None:
+        for name in (*self.train, self.val):
+            require(
+                name in self.datasets or name in self.locations,
+                f"train/val: dataset {name!r} is neither in datasets nor in locations: {sorted(self.datasets)}.",
+            )
+        require(len(self.train) > 0, "train: name at least one dataset.")

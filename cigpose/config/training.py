@@ -1,0 +1,179 @@
+"""`augmentation` and `train` in params.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cigpose.schema import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentationStage:
+    """Random changes of one training stage; probabilities are per person."""
+
+    flip_prob: float = 0.5
+    half_body_prob: float = 0.3
+    shift_factor: float = 0.16
+    """Largest shift of the box, in box sizes."""
+    shift_prob: float = 0.3
+    scale_range: tuple[float, float] = (0.6, 1.4)
+    scale_prob: float = 1.0
+    rotate_degrees: float = 80.0
+    rotate_prob: float = 0.6
+    hsv_delta: tuple[int, int, int] = (5, 30, 30)
+    """Largest change of hue (of 180), saturation and value (of 255)."""
+    blur_prob: float = 0.1
+    median_blur_prob: float = 0.1
+    dropout_prob: float = 1.0
+    dropout_size: tuple[float, float] = (0.2, 0.4)
+    """Smallest and largest side of the dropped rectangle, as a share of the crop's side."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentationConfig:
+    """The two augmentation stages."""
+
+    stage1: AugmentationStage
+    stage2: AugmentationStage
+    stage2_from_epoch: int
+    """First epoch (from 0) of stage 2."""
+    box_padding: float = 1.25
+    """Crop size over box size, in training and evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CosineConfig:
+    """One cosine piece of the learning-rate schedule, by iteration."""
+
+    begin_epoch: int
+    end_epoch: int
+    final_factor: float
+    """Rate at its end, over the base rate."""
+
+    def __post_init__(self) -> None:
+        require(self.end_epoch > self.begin_epoch >= 0, f"end_epoch must follow begin_epoch, got {self}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """Linear warm-up by iteration, then cosines."""
+
+    warmup_steps: int
+    warmup_start_factor: float = 1e-5
+    cosines: tuple[CosineConfig, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float
+    """Base rate for a total batch of `learning_rate_batch`."""
+    learning_rate_batch: int
+    learning_rate_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How the rate follows `train.batch_total`. Upstream: none."""
+    weight_decay: float = 0.05
+    """Not applied to normalisation layers and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad_norm: float | None = 35.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EMAConfig:
+    """Exponential moving average of weights and buffers (upstream `ExpMomentumEMA`)."""
+
+    enabled: bool = True
+    momentum: float = 0.0002
+    gamma: float = 2000.0
+    """Updates over which the momentum decays from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Full training states, for resuming."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0
+    """Whichever of the two comes first; a checkpoint is always written at the end of a validated epoch."""
+    keep: int = 2
+    address: str | None = None
+    """Folder or fsspec address (s3://...); null: .runs/ beside params.yaml."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderConfig:
+    """How crops reach the device."""
+
+    processes: int = 0
+    """Loader processes per training worker; 0 decodes in the worker itself."""
+    shuffle_buffer: int = 2000
+    """Persons held for shuffling."""
+    prefetch_batches: int = 4
+    open_shards: int = 8
+    """Shards read side by side: pictures are drawn from all of them in random order."""
+    verify: bool = True
+    """Compare every shard's sha256 when a run opens it first."""
+    cache: str | None = None
+    """Folder for remote shards; null: the user's cache directory."""
+    scaled_decode: bool = False
+    """Decode large pictures at 1/2, 1/4 or 1/8 where the crop is smaller still. Changes pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Where training runs. RAY_ADDRESS joins an existing cluster."""
+
+    num_workers: int = 1
+    use_gpu: bool | Literal["auto"] = "auto"
+    threads_per_worker: int = 1
+    """CPU threads of torch in each worker; on a GPU the cores reserved for its loader."""
+    max_failures: int = 3
+    """Times Ray restarts dead workers from the last checkpoint."""
+    min_workers: int | None = None
+    """Go on with fewer workers, down to this, when a node is lost; null: wait for it to return."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The training run."""
+
+    epochs: int
+    batch_total: int
+    """Persons per optimiser step, over all workers and accumulation steps."""
+    loss_batch: int
+    """Batch for which the summed keypoint loss is stated: upstream's batch per GPU."""
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    accumulate_steps: int = 1
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Of autocast; weights and losses are fp32. auto: bf16 where the processor has it, else fp32."""
+    channels_last: bool = True
+    sync_batch_norm: bool | Literal["auto"] = "auto"
+    """Batch statistics of the backbone over all workers, as upstream. auto: on GPUs only."""
+    compile: bool = False
+    validate_every_epochs: int = 10
+    log_every_steps: int = 50
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        shares = self.cluster.num_workers * self.accumulate_steps
+        require(
+            self.batch_total > 0 and self.batch_total % shares == 0,
+            f"batch_total must be a multiple of {shares} (workers x accumulate_steps), got {self.batch_total}.",
+        )
+
+    @property
+    def batch_per_worker(self) -> int:
+        """Persons per forward pass of one worker."""
+        return self.batch_total // (self.cluster.num_workers * self.accumulate_steps)
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """Base rate after the scaling rule."""
+        ratio = self.batch_total / self.optimizer.learning_rate_batch
+        scale = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.optimizer.learning_rate_scaling]
+        return self.optimizer.learning_rate * scale
