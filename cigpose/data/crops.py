@@ -13,7 +13,7 @@ import numpy as np
 
 from cigpose.config import AugmentationStage, Config
 from cigpose.data.archives import DataError
-from cigpose.data.shardset import AGAIN, read_member, read_record
+from cigpose.data.shardset import AGAIN, ShardFiles
 from cigpose.data.transforms import (
     Person,
     PixelAugmentation,
@@ -102,6 +102,7 @@ class CropMaker:
         self.seed = config.seed
         self.epoch = epoch
         self.boxes = boxes
+        self._files = ShardFiles()
         self._pixels: PixelAugmentation | None = None
         self.stage: AugmentationStage | None = None
         if epoch is not None:
@@ -136,7 +137,7 @@ class CropMaker:
         return Crops(positions=positions, arrays={"crops": crops, **arrays}, keys=rows.keys)
 
     def _train(self, picture: Picture, out: np.ndarray, rows: _Rows, stage: AugmentationStage) -> None:
-        record = read_record(picture.path, *picture.json_extent)
+        record = self._files.record(picture.path, picture.json_extent)
         keys = [f"{picture.dataset}/{picture.key}#{record['persons'][i]['id']}" for i in picture.persons]
         rngs = [self.generator(key) for key in keys]
         persons = [
@@ -152,7 +153,7 @@ class CropMaker:
             rows.add(keys[i], keypoints=points.astype(np.float32), visible=persons[i].visible)
 
     def _evaluate(self, picture: Picture, out: np.ndarray, rows: _Rows) -> None:
-        record = read_record(picture.path, *picture.json_extent)
+        record = self._files.record(picture.path, picture.json_extent)
         detected = self.boxes == "detections"
         persons = [self._person(record, i) for i in picture.persons]
         matrices = self._crop(picture, record, persons, out)
@@ -193,7 +194,7 @@ class CropMaker:
         matrices = [person_matrix(person, self.input_size) for person in persons]
         size = (int(record["width"]), int(record["height"]))
         factor = _reduction(matrices) if self.scaled_decode else 1
-        image = decode(picture, factor, size)
+        image = decode(picture, self._files.read(picture.path, picture.jpeg_extent), factor, size)
         for person, matrix, crop in zip(persons, matrices, out, strict=True):
             if factor > 1:
                 matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)
@@ -206,21 +207,18 @@ class CropMaker:
         return np.random.default_rng([self.seed, self.epoch or 0, int.from_bytes(digest, "little")])
 
 
-def decode(picture: Picture, factor: int, size: tuple[int, int]) -> np.ndarray:
+def decode(picture: Picture, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
     """The decoded image, RGB uint8, `factor` times smaller.
 
     Raises:
         DataError: it cannot be decoded, or has another size (width, height) than its record says.
     """
-    raw = np.frombuffer(read_member(picture.path, *picture.jpeg_extent), dtype=np.uint8)
     try:
-        image = cv2.imdecode(raw, _REDUCED[factor])
+        image = cv2.imdecode(np.frombuffer(jpeg, dtype=np.uint8), _REDUCED[factor])
     except cv2.error as err:
         raise DataError(f"{picture.where}: cannot be decoded ({err.err}). {AGAIN}") from err
     if image is None:
-        raise DataError(
-            f"{picture.where}: cannot be decoded; {len(raw)} bytes, starting with {raw[:4].tobytes()!r}. {AGAIN}"
-        )
+        raise DataError(f"{picture.where}: cannot be decoded; {len(jpeg)} bytes, starting with {jpeg[:4]!r}. {AGAIN}")
     expected = (-(-size[0] // factor), -(-size[1] // factor))
     if image.shape[1::-1] != expected:
         raise DataError(

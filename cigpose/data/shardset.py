@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cigpose.data.remote import cached_shard, is_remote, read_remote
 from cigpose.data.shards import INDEX, ShardEntry, ShardIndex, parse_index, read_index
 
 AGAIN = "Delete it and run `dvc repro shard`."
+MAX_OPEN = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,28 +182,47 @@ def _count_field(raw: bytes, name: bytes) -> int:
     return raw.count(b'"%b":' % name)
 
 
-def read_member(path: Path, offset: int, size: int) -> bytes:
-    """Bytes of a member.
+class ShardFiles:
+    """Tars opened for reading by offset, at most `MAX_OPEN` at a time. Works after a fork and may be pickled."""
 
-    Raises:
-        DataError: the file ends before.
-    """
-    with path.open("rb") as file:
-        raw = os.pread(file.fileno(), size, offset)
-    if len(raw) != size:
-        raise DataError(f"{path}: ends inside a member at byte {offset}; it changed while it was read. {AGAIN}")
-    return raw
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_descriptors": {}}
 
-def read_record(path: Path, offset: int, size: int) -> dict[str, Any]:
-    """The JSON of one image.
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
 
-    Raises:
-        DataError: it is not JSON.
-    """
-    raw = read_member(path, offset, size)
-    try:
-        record: dict[str, Any] = orjson.loads(raw)
-    except orjson.JSONDecodeError as err:
-        raise DataError(f"{path}: the record at byte {offset} is not JSON ({err}). {AGAIN}") from err
-    return record
+    def read(self, path: Path, extent: Sequence[int]) -> bytes:
+        """The bytes of a member, by its offset and size.
+
+        Raises:
+            DataError: the file ends before.
+        """
+        offset, size = extent
+        raw = os.pread(self._descriptor(path), size, offset)
+        if len(raw) != size:
+            raise DataError(f"{path}: ends inside a member at byte {offset}; it changed while it was read. {AGAIN}")
+        return raw
+
+    def record(self, path: Path, extent: Sequence[int]) -> dict[str, Any]:
+        """The JSON of one image, by its offset and size.
+
+        Raises:
+            DataError: it is not JSON, or the file ends before.
+        """
+        try:
+            record: dict[str, Any] = orjson.loads(self.read(path, extent))
+        except orjson.JSONDecodeError as err:
+            raise DataError(f"{path}: the record at byte {extent[0]} is not JSON ({err}). {AGAIN}") from err
+        return record
+
+    def _descriptor(self, path: Path) -> int:
+        descriptor = self._descriptors.get(path)
+        if descriptor is None:
+            if len(self._descriptors) >= MAX_OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return descriptor

@@ -15,7 +15,7 @@ from torch import nn
 from cigpose.config import Config
 from cigpose.data.loader import eval_loader
 from cigpose.data.remote import is_remote, read_remote
-from cigpose.data.shardset import ShardSet, read_member, read_record
+from cigpose.data.shardset import ShardFiles, ShardSet
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth, parse_ground_truth
 from cigpose.evaluate.predict import predict
@@ -171,15 +171,15 @@ def sample_pictures(shards: ShardSet, count: int) -> Iterator[tuple[int, np.ndar
     Raises:
         ValueError: a picture cannot be decoded.
     """
-    total = shards.index.images
+    files, total = ShardFiles(), shards.index.images
     wanted = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
     bounds = np.cumsum([0, *(entry.images for entry in shards.index.shards)])
     for position in wanted:
         number = int(np.searchsorted(bounds, position, side="right")) - 1
         row = int(position - bounds[number])
         table = shards.table(number)
-        record = read_record(table.path, *table.json_extents[row].tolist())
-        pixels = np.frombuffer(read_member(table.path, *table.jpeg_extents[row].tolist()), dtype=np.uint8)
+        record = files.record(table.path, table.json_extents[row].tolist())
+        pixels = np.frombuffer(files.read(table.path, table.jpeg_extents[row].tolist()), dtype=np.uint8)
         image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
         if image is None:
             raise ValueError(f"{table.path}: {table.keys[row]}.jpg cannot be decoded. Run `dvc repro shard` again.")

@@ -39,7 +39,7 @@ from cigpose.data.crops import CropMaker
 from cigpose.data.loader import train_loader
 from cigpose.data.rendered import render_dataset
 from cigpose.data.shards import write_dataset
-from cigpose.data.shardset import ShardSet, read_record
+from cigpose.data.shardset import ShardFiles, ShardSet
 from cigpose.data.transforms import (
     MIN_VISIBLE_FOR_HALF_BODY,
     PREFER_UPPER_BODY,
@@ -100,7 +100,7 @@ def people_of(config: Config, folder: Path) -> dict[str, tuple[Path, dict[str, A
     for number in range(len(shards.index.shards)):
         table = shards.table(number)
         for key, extent in zip(table.keys, table.json_extents.tolist(), strict=True):
-            record = read_record(table.path, *extent)
+            record = ShardFiles().record(table.path, extent)
             for person in record["persons"]:
                 points = np.array(person["keypoints"], dtype=np.float64).reshape(-1, 3)
                 parsed = {"box": np.array(person["bbox_xyxy"]), "points": points[:, :2], "visible": points[:, 2] > 0}

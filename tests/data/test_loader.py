@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
+import pickle
 import shutil
 import threading
 import time
@@ -45,7 +47,7 @@ def all_keys(root: Path, *datasets: str, detections: bool = False) -> list[str]:
         for number in range(len(index["shards"])):
             table = shardset.ShardSet.open(dataset, root, {}).table(number)
             for key, extent in zip(table.keys, table.json_extents.tolist(), strict=True):
-                record = shardset.read_record(table.path, *extent)
+                record = shardset.ShardFiles().record(table.path, extent)
                 found += [f"{dataset}/{key}#{person['id']}" for person in record["persons"]]
     return sorted(found)
 
@@ -236,7 +238,7 @@ def test_evaluation_batches_lead_back_to_the_picture(tiny_shards: Any) -> None:
     batches = list(eval_loader(tiny_shards.config("a", batch=3), "a", rank=0, world=1, root=tiny_shards.root))
     assert [len(batch["keys"]) for batch in batches] == [3, 3]
     table = shardset.ShardSet.open("a", tiny_shards.root, {}).table(0)
-    records = [shardset.read_record(table.path, *extent) for extent in table.json_extents.tolist()]
+    records = [shardset.ShardFiles().record(table.path, extent) for extent in table.json_extents.tolist()]
     people = {person["id"]: (record, person) for record in records for person in record["persons"]}
     for batch in batches:
         assert batch["image_id"].dtype == batch["person_id"].dtype == torch.int64
@@ -264,13 +266,12 @@ def test_detected_boxes_are_cropped_with_their_scores(tiny_shards: Any) -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_pictures_are_decoded_as_rgb(tmp_path: Path, factor: int) -> None:
+def test_pictures_are_decoded_as_rgb(factor: int) -> None:
     blue = np.zeros((40, 56, 3), dtype=np.uint8)
     blue[..., 0] = 255  # as OpenCV writes: BGR
     raw = cv2.imencode(".jpg", blue)[1].tobytes()
-    (tmp_path / "blue.jpg").write_bytes(raw)
-    picture = Picture(tmp_path / "blue.jpg", "a", "blue", (0, 0), (0, len(raw)), (0,), (0,), (0,))
-    image = crops_module.decode(picture, factor, (56, 40))
+    picture = Picture(Path("a-00000.tar"), "a", "blue", (0, 0), (0, len(raw)), (0,), (0,), (0,))
+    image = crops_module.decode(picture, raw, factor, (56, 40))
     assert image.shape == (40 // factor, 56 // factor, 3)
     assert image[..., 2].min() > 250 and image[..., :2].max() < 5
 
@@ -310,6 +311,26 @@ def test_scaled_decoding_leaves_keypoints_and_order_alone(tiny_shards: Any) -> N
     for a, b in zip(plain, scaled, strict=True):
         assert torch.equal(a["keypoints"], b["keypoints"])
     assert any(not torch.equal(a["crops"], b["crops"]) for a, b in zip(plain, scaled, strict=True))
+
+
+# Reading by offset
+
+
+def test_few_tars_are_open_at_a_time_and_none_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shardset, "MAX_OPEN", 2)
+    files, before = shardset.ShardFiles(), len(os.listdir("/proc/self/fd"))
+    for i in range(5):
+        (tmp_path / f"{i}").write_bytes(b"ab%dc" % i)
+    for i in [*range(5), 0, 0]:
+        assert files.read(tmp_path / f"{i}", (2, 1)) == b"%d" % i
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert pickle.loads(pickle.dumps(files)).read(tmp_path / "1", (0, 2)) == b"ab"
+    with pytest.raises(DataError, match="ends inside a member at byte 2"):
+        files.read(tmp_path / "1", (2, 9))
+    with pytest.raises(DataError, match="the record at byte 1 is not JSON"):
+        files.record(tmp_path / "1", (1, 3))
+    del files
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # What can be wrong with shards
