@@ -90,7 +90,7 @@ def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
     )
     token = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]} if "RAY_AUTH_TOKEN" in os.environ else {}
     process = stage.start(RAY_ADDRESS=address, **token)
-    stage.wait_for_step(4)
+    stage.wait_for_step(process, 4)
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]

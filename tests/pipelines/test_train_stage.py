@@ -24,7 +24,7 @@ from cigpose.config import load_preset
 from cigpose.data.rendered import render_dataset
 from cigpose.data.shards import write_dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))},
@@ -64,15 +64,12 @@ class Stage:
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=300)
+        try:
+            output, _ = process.communicate(timeout=400)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         return process.returncode, output
-
-    def wait_for(self, pattern: str, count: int = 1, timeout_s: float = 180) -> None:
-        """Wait until that many files match."""
-        deadline = time.monotonic() + timeout_s
-        while len(list(self.folder.glob(pattern))) < count:
-            assert time.monotonic() < deadline, f"no {pattern}"
-            time.sleep(0.05)
 
     def steps(self) -> list[int]:
         """Steps of the records in history.jsonl."""
@@ -81,10 +78,12 @@ class Stage:
             record["step"] for record in map(json.loads, history.read_text().splitlines()) if record["kind"] == "log"
         ]
 
-    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
+    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout_s: float = 400) -> None:
+        """Wait until a training has recorded a step; fails when the training has ended instead."""
         deadline = time.monotonic() + timeout_s
-        self.wait_for(".runs/*/history.jsonl")
         while not any(done >= step for done in self.steps()):
+            if process.poll() is not None:
+                raise AssertionError(f"the training ended before step {step}: {process.communicate()[0][-3000:]}")
             assert time.monotonic() < deadline, f"step {step} was not reached"
             time.sleep(0.05)
 
@@ -123,23 +122,23 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     shutil.rmtree(stage.folder / "data/model")
 
     process = stage.start()
-    stage.wait_for_step(3)
+    stage.wait_for_step(process, 3)
     for worker in workers_of(process):  # Ray starts it again
         worker.kill()
-    stage.wait_for_step(7)
+    stage.wait_for_step(process, 7)
     os.killpg(process.pid, signal.SIGKILL)  # the driver, and what is in its group
     process.wait()
     time.sleep(1)
 
     process = stage.start()  # and now politely
-    stage.wait_for_step(9)
+    stage.wait_for_step(process, 9)
     started = workers_of(process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM
     assert "resumed at step" in output
     assert "Traceback" not in output
-    _, alive = psutil.wait_procs(started, timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
 
     code, output = stage.run()

@@ -28,7 +28,8 @@ PRESETS = ["cigpose-m_crowdpose_256x192", "cigpose-m_coco-wholebody_256x192", "c
 def reference(golden: Path, preset: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """State with the reference's weights, its batch, its numbers."""
     case = golden_models.load_golden_model(golden, preset)
-    train = dataclasses.replace(case.config.train, loss_batch=2, batch_total=2, precision="fp32")
+    cluster = dataclasses.replace(case.config.train.cluster, num_workers=1)
+    train = dataclasses.replace(case.config.train, loss_batch=2, batch_total=2, cluster=cluster, precision="fp32")
     config = dataclasses.replace(case.config, train=train)
     state = state_around(case.build().train().to(dtype), config, torch.device("cpu"))
     width, height = config.model.input_size
