@@ -9,15 +9,31 @@ import cigpose
 from cigpose.model.estimator import build_model, forward_flip_test, normalize
 
 
-@pytest.fixture
-def model(tiny_config):
+def make_model(config):
     """A small CIGPose with weights large enough that logits differ from each other."""
     torch.manual_seed(0)
-    model = build_model(tiny_config())
+    model = build_model(config)
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     return model
+
+
+@pytest.fixture
+def model(tiny_config):
+    return make_model(tiny_config())
+
+
+@pytest.fixture
+def shallow_model(tiny_config):
+    """Compiling takes seconds a layer."""
+    return make_model(tiny_config(model__backbone__out_stage=2))
+
+
+@pytest.fixture
+def whole_model(tiny_config):
+    """With all four stages."""
+    return make_model(tiny_config(model__backbone__out_stage=4))
 
 
 def make_batch(size):
@@ -104,8 +120,8 @@ def test_bf16_autocast_is_close_and_its_losses_are_float32(tiny_config):
 
 
 @pytest.mark.slow
-def test_inference_compiles_as_one_graph(model):
-    model.eval()
+def test_inference_compiles_as_one_graph(shallow_model):
+    model = shallow_model.eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         images = make_batch(2)[0]
@@ -114,7 +130,8 @@ def test_inference_compiles_as_one_graph(model):
 
 
 @pytest.mark.slow
-def test_a_training_step_compiles_as_one_graph_and_moves_the_same_statistics(model):
+def test_a_training_step_compiles_as_one_graph_and_moves_the_same_statistics(shallow_model):
+    model = shallow_model
     batch = make_batch(4)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     expected = losses_and_gradients(model, model.loss, batch)
@@ -128,8 +145,8 @@ def test_a_training_step_compiles_as_one_graph_and_moves_the_same_statistics(mod
 
 
 @pytest.mark.slow
-def test_the_whole_model_exports_with_any_batch(model):
-    model.eval()
+def test_the_whole_model_exports_with_any_batch(whole_model):
+    model = whole_model.eval()
     batch = torch.export.Dim("batch", min=1, max=256)
     program = torch.export.export(model, (make_batch(2)[0],), dynamic_shapes=({0: batch},))
     assert len(program.graph.nodes) < 1500, "loops would unroll to many thousand"
