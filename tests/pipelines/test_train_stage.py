@@ -34,6 +34,10 @@ ENVIRONMENT = {
 }
 
 
+def _is_whole(line: str) -> bool:
+    return line.endswith("}")
+
+
 class Stage:
     """A project folder with shards, in which the stage runs."""
 
@@ -72,11 +76,11 @@ class Stage:
         return process.returncode, output
 
     def steps(self) -> list[int]:
-        """Steps of the records in history.jsonl."""
-        (history,) = self.folder.glob(".runs/*/history.jsonl")
-        return [
-            record["step"] for record in map(json.loads, history.read_text().splitlines()) if record["kind"] == "log"
-        ]
+        """Steps of the records in the newest history.jsonl."""
+        histories = sorted(self.folder.glob(".runs/*/history.jsonl"), key=lambda file: file.stat().st_mtime)
+        lines = histories[-1].read_text().splitlines() if histories else []
+        # the last line may be half written
+        return [record["step"] for record in map(json.loads, filter(_is_whole, lines)) if record["kind"] == "log"]
 
     def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout_s: float = 400) -> None:
         """Wait until a training has recorded a step; fails when the training has ended instead."""
