@@ -52,6 +52,9 @@ def main() -> None:
             put(folder / "results" / name, DATA / name)
     except (cluster.TrainingError, CheckpointError, ValueError, OSError) as err:
         sys.exit(f"train: {err}")
+    except KeyboardInterrupt:
+        print("train: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
     metrics = json.loads((DATA / "metrics/train.json").read_text())
     print(f"{config.name}: best epoch {metrics['best_epoch']} of {metrics['epochs']}")
 
