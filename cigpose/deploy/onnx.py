@@ -41,6 +41,10 @@ _MAX_TIED_CHOICES = 512
 _CHECK_BATCHES = (1, 3)
 
 
+class MissingPackageError(ModuleNotFoundError, ValueError):
+    """A package that only some commands need; both kinds, so that callers who report user errors report it too."""
+
+
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ def export_onnx(
     Returns: `path`.
 
     Raises:
-        ModuleNotFoundError: the ONNX packages are not installed.
+        MissingPackageError: the ONNX packages are not installed.
         ValueError: onnxruntime and torch differ by more than `tolerance`.
     """
     _require("onnx", "onnxscript", "onnxruntime")
@@ -131,7 +135,7 @@ class OnnxModel(nn.Module):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModuleNotFoundError: onnxruntime is not installed.
+        MissingPackageError: onnxruntime is not installed.
         ValueError: it is not such a file.
     """
 
@@ -182,7 +186,7 @@ def _require(*modules: str) -> None:
         except ModuleNotFoundError:
             missing.append(module)
     if missing:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"{', '.join(missing)} not installed, which ONNX files need. Run `pip install {' '.join(missing)}`."
         )
 
