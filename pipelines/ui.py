@@ -160,7 +160,7 @@ def wait_healthy(server: Server, process: subprocess.Popen[str], timeout_s: floa
         if process.poll() is not None:
             break
         with contextlib.suppress(requests.RequestException):
-            if requests.get(server.health, timeout=2).ok and process.poll() is None:
+            if requests.get(server.health, timeout=15).ok and process.poll() is None:
                 return
         time.sleep(0.2)
     state = "did not answer" if process.poll() is None else f"exited with {process.returncode}"
