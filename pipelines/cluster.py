@@ -152,6 +152,7 @@ def _ray(cluster: ClusterConfig) -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         needed = cluster.num_workers * cluster.threads_per_worker + 2
         options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+        options["address"] = "local"  # not some other Ray that runs here
     try:
         ray.init(**options)
     except (RayError, ConnectionError, ValueError, RuntimeError) as err:
