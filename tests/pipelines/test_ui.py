@@ -78,7 +78,7 @@ def screenshot(address: str, path: Path) -> None:
     if chromium is None:
         pytest.skip("no chromium here: whether the pages are drawn cannot be seen")
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={path.parent / 'chromium'}", "--window-size=1400,900", "--virtual-time-budget=20000"]
+    command += [f"--user-data-dir={path.parent / 'chromium'}", "--window-size=1400,900", "--virtual-time-budget=10000"]
     subprocess.run([*command, f"--screenshot={path}", address], check=True, capture_output=True, timeout=120)
 
 
