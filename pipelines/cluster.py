@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cigpose.config import ClusterConfig, Config
 from pipelines.worker import work
@@ -67,7 +68,9 @@ def train(config: Config, settings: dict[str, Any], on_event: Callable[[Event], 
         os.environ.setdefault(name, value)
     with _ray(config.train.cluster), _signals():
         use_gpu = _check_resources(config.train.cluster)
-        mailbox = Queue(actor_options={"num_cpus": 0})
+        # here, beside the driver that reads it: a lost node must not take it along
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         settings = settings | {"config": config.to_mapping(), "mailbox": mailbox}
         storage = Path(settings["run_folder"]) / f"ray-{uuid.uuid4().hex[:8]}"
         try:
