@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -152,20 +153,36 @@ def _explain(error: BaseException) -> str:
 def _ray(cluster: ClusterConfig) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start one here; leave or stop it at the end."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if not os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
+    else:
         needed = cluster.num_workers * cluster.threads_per_worker + 2
         options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
         options["address"] = "local"  # not some other Ray that runs here
     try:
         ray.init(**options)
     except (RayError, ConnectionError, ValueError, RuntimeError) as err:
-        raise TrainingError(
-            f"Ray could not be started or joined (RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}): {err}"
-        ) from err
+        where = f"joined at RAY_ADDRESS={address}" if address else "started"
+        raise TrainingError(f"Ray could not be {where}: {err}") from err
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise TrainingError if nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as err:
+        raise TrainingError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({err}). Start it with `ray start --head`, or unset "
+            "RAY_ADDRESS to train on this machine alone."
+        ) from err
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def test_a_finished_run_is_copied_out_again_and_other_params_are_another_run(sta
     [
         ({"train__cluster": {"num_workers": 1, "use_gpu": True}}, {"CUDA_VISIBLE_DEVICES": ""}, "a GPU each"),
         ({"evaluate__metric": "whole/PCK", "train__epochs": 1}, {}, "evaluate.metric: 'whole/PCK' is not among"),
-        ({}, {"RAY_ADDRESS": "127.0.0.1:1"}, "Ray could not be started or joined"),
+        ({}, {"RAY_ADDRESS": "127.0.0.1:1"}, "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1"),
     ],
     ids=["no GPU", "no such metric", "no such cluster"],
 )
