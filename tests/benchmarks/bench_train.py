@@ -99,7 +99,9 @@ def watched(state: TrainState, clock: Clock) -> Iterator[None]:
 def bench_split(root: Path, preset: str, steps: int) -> None:
     """Print the split of a step."""
     torch.set_num_threads(2)
-    config = on_rendered_people(preset, batch_total=16, loss_batch=64, accumulate_steps=1)
+    values = load_preset(preset).to_mapping()["train"]["loader"] | {"processes": 0}
+    one = {"num_workers": 1}
+    config = on_rendered_people(preset, batch_total=16, loss_batch=64, accumulate_steps=1, loader=values, cluster=one)
     state = state_around(build_model(config), config, CPU)
     clock = Clock()
     batches = iter(train_loader(config, epoch=0, rank=0, world=1, root=root / "data/shards"))

@@ -23,6 +23,7 @@ def make_config(**changes: Any) -> Config:
     values["model"]["backbone"] |= {"widen_factor": 0.125}
     values["model"]["head"] |= {"hidden": 16, "gau_s": 16, "final_kernel_size": 3}
     values["train"] |= {"epochs": 2, "batch_total": 8, "loss_batch": 8, "log_every_steps": 2, "precision": "fp32"}
+    values["train"]["optimizer"] |= {"learning_rate": 0.0012, "learning_rate_batch": 8}
     values["train"]["schedule"] = {
         "warmup_steps": 3,
         "cosines": [{"begin_epoch": 0, "end_epoch": 2, "final_factor": 0.1}],
