@@ -7,27 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from paper_presets import PRESETS
 
 from cigpose.config import Config, config_from_mapping, load_params, load_preset, preset_text, presets
 from cigpose.params_file import params_text, write_params
 from cigpose.schema import ConfigError
-
-PAPER = {
-    "cigpose-m_8xb64-420e_coco-wholebody-256x192": "cigpose-m_coco-wholebody_256x192",
-    "cigpose-l_8xb64-420e_coco-wholebody-256x192": "cigpose-l_coco-wholebody_256x192",
-    "cigpose-l_8xb32-420e_coco-wholebody-384x288": "cigpose-l_coco-wholebody_384x288",
-    "cigpose-x_8xb32-420e_coco-wholebody-384x288": "cigpose-x_coco-wholebody_384x288",
-    "cigpose-l_8xb32-420e_coco-ubody-256x192": "cigpose-l_coco-ubody_256x192",
-    "cigpose-l_8xb32-420e_coco-ubody-384x288": "cigpose-l_coco-ubody_384x288",
-    "cigpose-x_8xb32-420e_coco-ubody-384x288": "cigpose-x_coco-ubody_384x288",
-    "cigpose-m_1xb384-420e_coco-256x192": "cigpose-m_coco_256x192",
-    "cigpose-l_1xb256-420e_coco-256x192": "cigpose-l_coco_256x192",
-    "cigpose-l_1xb64-420e_coco-384x288": "cigpose-l_coco_384x288",
-    "cigpose-m_1xb64-210e_crowdpose-256x192": "cigpose-m_crowdpose_256x192",
-    "cigpose-l_1xb64-210e_crowdpose-256x192": "cigpose-l_crowdpose_256x192",
-    "cigpose-l_1xb64-210e_crowdpose-384x288": "cigpose-l_crowdpose_384x288",
-    "cigpose-x_1xb64-210e_crowdpose-384x288": "cigpose-x_crowdpose_384x288",
-}
 
 
 def quickstart() -> dict[str, Any]:
@@ -46,7 +30,7 @@ def change(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def test_the_fourteen_models_the_baselines_and_the_quickstart_are_there() -> None:
     baselines = {f"rtmpose-{size}_coco-wholebody_{crop}" for size, crop in
                  (("m", "256x192"), ("l", "256x192"), ("l", "384x288"), ("x", "384x288"))}  # fmt: skip
-    assert set(presets()) == set(PAPER.values()) | baselines | {"quickstart"}
+    assert set(presets()) == set(PRESETS.values()) | baselines | {"quickstart"}
 
 
 @pytest.mark.parametrize("name", presets())
@@ -79,10 +63,10 @@ def test_the_committed_params_are_the_quickstart(root: Path) -> None:
     assert load_params(root / "params.yaml") == load_preset("quickstart")
 
 
-@pytest.mark.parametrize("upstream", sorted(PAPER))
+@pytest.mark.parametrize("upstream", sorted(PRESETS))
 def test_a_paper_preset_holds_every_number_of_the_original(upstream: str, golden: Path) -> None:
     zoo = {entry["config"]: entry for entry in json.loads((golden / "zoo.json").read_text())}
-    entry, config = zoo[upstream], load_preset(PAPER[upstream])
+    entry, config = zoo[upstream], load_preset(PRESETS[upstream])
     model, train, head = config.model, config.train, entry["head"]
     assert list(model.input_size) == entry["input_size_wh"]
     assert len(config.keypoint_set) == entry["num_keypoints"]

@@ -44,6 +44,10 @@ class RenderConfig:
     """0: plain backgrounds, 1: crowded ones."""
     turn: float = 1.0
     """0: everyone faces the camera, 1: people are seen from all sides."""
+    bent_legs: float = 0.33
+    """Share of persons who sit, crouch or have a foot up; the others stand or walk."""
+    close_ups: float = 0.26
+    """Share of persons alone in the picture who are so near that it cuts them."""
     occlusion: float = 0.3
     """Share of persons with an occluder before them."""
     spurious_context: float = 0.5
@@ -58,7 +62,8 @@ class RenderConfig:
         require(self.num_images > 0, f"num_images must be positive, got {self.num_images}.")
         require(min(self.image_size) >= 64, f"image_size must be at least 64 x 64, got {self.image_size}.")
         require(self.max_persons >= 1, f"max_persons must be 1 or more, got {self.max_persons}.")
-        for name in ("clutter", "turn", "occlusion", "spurious_context", "context", "hide_arm"):
+        shares = ("clutter", "turn", "bent_legs", "close_ups", "occlusion", "spurious_context", "context", "hide_arm")
+        for name in shares:
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 

@@ -513,30 +513,20 @@ def test_an_address_without_an_index_is_an_error(tiny_shards: Any, host: Any) ->
 
 
 @pytest.mark.slow
-def test_s3_shards_are_read_like_local_ones(tiny_shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    boto3 = pytest.importorskip("boto3")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    for name, value in (("AWS_ACCESS_KEY_ID", "k"), ("AWS_SECRET_ACCESS_KEY", "s"), ("AWS_REGION", "us-east-1")):
-        monkeypatch.setenv(name, value)
+def test_s3_shards_are_read_like_local_ones(tiny_shards: Any, tmp_path: Path, s3: Any) -> None:
     folder = tiny_shards.write("a", [3, 2])
     options: dict[str, Any] = {"epoch": 0, "rank": 0, "world": 1, "root": tiny_shards.root}
     local = list(train_loader(tiny_shards.config("a"), **options))
-    server.start()
+    s3.create_bucket(Bucket="people")
+    for path in folder.iterdir():
+        s3.upload_file(str(path), "people", f"shards/{path.name}")
+    remote._s3.cache_clear()
     try:
-        _, port = server.get_host_and_port()
-        endpoint = f"http://127.0.0.1:{port}"
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-        client.create_bucket(Bucket="people")
-        for path in folder.iterdir():
-            client.upload_file(str(path), "people", f"shards/{path.name}")
-        remote._s3.cache_clear()
         cache = {"cache": str(tmp_path / "cache"), "processes": 2}
         config = tiny_shards.config("a", loader=cache, locations={"a": "s3://people/shards"})
         assert_same(train_loader(config, **options), local)
-        client.delete_object(Bucket="people", Key="shards/index.json")
+        s3.delete_object(Bucket="people", Key="shards/index.json")
         with pytest.raises(remote.FetchError, match="not found"):
             train_loader(config, **options)
     finally:
         remote._s3.cache_clear()
-        server.stop()

@@ -252,7 +252,7 @@ def test_left_and_right_are_the_persons() -> None:
     rng = np.random.default_rng(3)
     seen = {True: 0, False: 0}
     for _ in range(60):
-        person = sample_person(rng)
+        person = sample_person(rng, 1.0, 0.33)
         if abs(np.cos(person.pose.yaw)) < 0.9 or abs(person.pose.torso[0, 0]) < 0.9:
             continue
         figure = Figure(person, Placement(200, 160, 250, 4))
@@ -290,7 +290,7 @@ def test_limbs_keep_their_length_and_joints_their_limits() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
         build = sample_build(rng)
-        pose = sample_pose(rng, build)
+        pose = sample_pose(rng, build, 1.0, 0.33)
         for limb, lengths, limit in (
             (pose.left_arm, (UPPER_ARM, FOREARM), ELBOW_LIMIT),
             (pose.right_arm, (UPPER_ARM, FOREARM), ELBOW_LIMIT),
@@ -308,6 +308,24 @@ def test_limbs_keep_their_length_and_joints_their_limits() -> None:
             assert np.arctan2(shin[2], shin[1]) >= np.arctan2(thigh[2], thigh[1]) - 0.15
 
 
+def test_turn_and_bent_legs_bound_the_poses() -> None:
+    rng = np.random.default_rng(4)
+    ahead = [sample_pose(rng, sample_build(rng), 0.0, 0.0) for _ in range(100)]
+    assert not any(pose.legs_bent for pose in ahead)
+    assert all(pose.yaw == 0 for pose in ahead)
+    assert all(sample_pose(rng, sample_build(rng), 1.0, 1.0).legs_bent for _ in range(100))
+
+
+def test_close_ups_cut_the_person() -> None:
+    def share_with_an_ankle(close_ups: float) -> float:
+        config = replace(CONFIG, max_persons=1, occlusion=0.0, close_ups=close_ups)
+        people = [person for index in range(30) for person in render_image(config, index)[1]]
+        return float(np.mean([keypoints(person)[15:17, 2].any() for person in people]))
+
+    assert share_with_an_ankle(1.0) < 0.2
+    assert share_with_an_ankle(0.0) > 0.9
+
+
 def test_hands_have_the_same_bones_in_every_gesture_and_are_mirror_images() -> None:
     rng = np.random.default_rng(2)
     lengths = [
@@ -315,7 +333,7 @@ def test_hands_have_the_same_bones_in_every_gesture_and_are_mirror_images() -> N
     ]
     np.testing.assert_allclose(lengths, np.broadcast_to(lengths[0], (30, 15)), rtol=1e-9)
     for _ in range(50):
-        pose = sample_pose(rng, sample_build(rng))
+        pose = sample_pose(rng, sample_build(rng), 1.0, 0.33)
         assert np.linalg.det(pose.left_arm.frame) == pytest.approx(-np.linalg.det(pose.right_arm.frame))
 
 

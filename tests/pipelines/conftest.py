@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from train_stage import Stage, make_stage
 
 from cigpose.config import Config, config_from_mapping, load_preset
 from cigpose.params_file import write_params
@@ -28,6 +29,12 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     tracking.connect(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """A folder in which the stage `train` runs, with shards of a few rendered people."""
+    return make_stage(tmp_path_factory.mktemp("stage"))
 
 
 @pytest.fixture

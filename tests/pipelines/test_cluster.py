@@ -6,7 +6,6 @@ import functools
 import http.server
 import json
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_train_stage import Stage, stage  # noqa: F401  (a fixture)
+from train_stage import Stage
 
 from pipelines.worker import explain
 
@@ -60,7 +57,7 @@ def two_nodes() -> Iterator[tuple[object, str]]:
 
 
 @pytest.fixture
-def served(stage: Stage) -> Iterator[str]:  # noqa: F811
+def served(stage: Stage) -> Iterator[str]:
     """Address of the shards."""
     handler = functools.partial(Quiet, directory=str(stage.folder / "data/shards"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -79,7 +76,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     reason="kills a node of a Ray cluster made on this machine, two minutes; set CIGPOSE_TEST_CLUSTER=1",
 )
 def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
-    stage: Stage,  # noqa: F811
+    stage: Stage,
     two_nodes: tuple[object, str],
     served: str,
     tmp_path: Path,

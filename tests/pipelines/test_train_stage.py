@@ -7,106 +7,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-import safetensors.torch
 import torch
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-from project import TINY
-
-from cigpose.config import load_preset
-from cigpose.data.rendered import render_dataset
-from cigpose.data.shards import write_dataset
+from train_stage import Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))},
-    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
-    "OMP_NUM_THREADS": "1",
-    "RAY_AUTH_MODE": "token",
-}
-
-
-def _is_whole(line: str) -> bool:
-    return line.endswith("}")
-
-
-class Stage:
-    """A project folder with shards, in which the stage runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def params(self, **changes: object) -> None:
-        """Write params.yaml: the tiny quickstart with changes, dots written as double underscores."""
-        values = load_preset("quickstart").to_mapping()
-        for path, value in {**TINY, "train__log_every_steps": 1, **changes}.items():
-            *parents, last = path.split("__")
-            section = values
-            for key in parents:
-                section = section[key]
-            section[last] = value
-        (self.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.train", *arguments],
-            cwd=self.folder,
-            env={**ENVIRONMENT, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
-        process = self.start(*arguments, **environment)
-        try:
-            output, _ = process.communicate(timeout=400)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        return process.returncode, output
-
-    def steps(self) -> list[int]:
-        """Steps of the records in the newest history.jsonl."""
-        histories = sorted(self.folder.glob(".runs/*/history.jsonl"), key=lambda file: file.stat().st_mtime)
-        lines = histories[-1].read_text().splitlines() if histories else []
-        # the last line may be half written
-        return [record["step"] for record in map(json.loads, filter(_is_whole, lines)) if record["kind"] == "log"]
-
-    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout_s: float = 400) -> None:
-        """Wait until a training has recorded a step; fails when the training has ended instead."""
-        deadline = time.monotonic() + timeout_s
-        while not any(done >= step for done in self.steps()):
-            if process.poll() is not None:
-                raise AssertionError(f"the training ended before step {step}: {process.communicate()[0][-3000:]}")
-            assert time.monotonic() < deadline, f"step {step} was not reached"
-            time.sleep(0.05)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return safetensors.torch.load_file(self.folder / "data/model/model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    stage = Stage(tmp_path_factory.mktemp("stage"))
-    stage.params()
-    from cigpose.config import load_params
-
-    config = load_params(stage.folder / "params.yaml")
-    for name in ("rendered-train", "rendered-val"):
-        render_dataset(config.data.render[name], stage.folder / "data/raw" / name)
-        write_dataset(config, name, stage.folder / "data/raw", stage.folder / "data/shards")
-    return stage
-
 
 LONG = {"train__epochs": 3, "train__checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 2}}
 
@@ -199,14 +109,22 @@ def test_changed_shards_are_named_before_anything_starts(stage: Stage) -> None:
     assert tar.name in output and "index.json says" in output
 
 
-def test_checkpoints_of_other_params_at_an_address_are_refused_until_restart(stage: Stage, tmp_path: Path) -> None:
-    address = {"every_steps": 2, "every_minutes": None, "keep": 1, "address": str(tmp_path / "kept")}
-    short = {"train__epochs": 1, "train__checkpoint": address}
-    stage.params(**short)
-    assert stage.run()[0] == 0
-    stage.params(**short, seed=8)
-    code, output = stage.run()
+def test_checkpoints_of_other_params_at_an_object_store_are_refused_until_restart(stage: Stage, s3: Any) -> None:
+    s3.create_bucket(Bucket="training")
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    address = {"every_steps": 2, "every_minutes": None, "keep": 1, "address": "s3://training/quickstart"}
+    stage.params(train__epochs=1, train__checkpoint=address)
+    code, output = stage.run(**aws)
+    assert code == 0, output[-3000:]
+    kept = {item["Key"] for item in s3.list_objects_v2(Bucket="training")["Contents"]}
+    assert any(key.endswith("state.safetensors") for key in kept)
+    shutil.rmtree(stage.folder / ".runs")  # another machine: nothing but the address
+    stage.params(train__epochs=2, train__checkpoint=address)
+    code, output = stage.run(**aws)
+    print(output)
+    stage.params(train__epochs=1, train__checkpoint=address, seed=8)
+    code, output = stage.run(**aws)
     assert code == 1
     assert "seed: 0 there, 8 now" in output and "--restart" in output
-    code, output = stage.run("--restart")
+    code, output = stage.run("--restart", **aws)
     assert code == 0, output[-2000:]

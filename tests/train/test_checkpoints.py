@@ -141,25 +141,13 @@ def test_the_state_is_plain_json_and_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_object_store_keeps_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="training")
-        store = CheckpointStore("s3://training/runs/a", keep=1)
-        assert store.load_newest() is None
-        store.save(1, *state(1))
-        store.save(2, *state(2))
-        assert store.names() == ["step-000000002"]
-        assert stored(CheckpointStore("s3://training/runs/a")) == 2
-        store.clear()
-        assert store.names() == []
-    finally:
-        server.stop()
+def test_an_object_store_keeps_checkpoints(s3: Any) -> None:
+    s3.create_bucket(Bucket="training")
+    store = CheckpointStore("s3://training/runs/a", keep=1)
+    assert store.load_newest() is None
+    store.save(1, *state(1))
+    store.save(2, *state(2))
+    assert store.names() == ["step-000000002"]
+    assert stored(CheckpointStore("s3://training/runs/a")) == 2
+    store.clear()
+    assert store.names() == []

@@ -31,10 +31,10 @@ class Person:
     looks: Appearance
 
 
-def sample_person(rng: np.random.Generator, turn: float = 1.0) -> Person:
-    """A random person."""
+def sample_person(rng: np.random.Generator, turn: float, bent_legs: float) -> Person:
+    """A random person; `turn` and `bent_legs` as in `RenderConfig`."""
     build = sample_build(rng)
-    pose = sample_pose(rng, build, turn)
+    pose = sample_pose(rng, build, turn, bent_legs)
     face, left, right, looks = sample_face(rng), sample_hand(rng), sample_hand(rng), sample_appearance(rng)
     if looks.skirt and pose.legs_bent:
         looks = replace(looks, skirt=0.0, trouser=0.45)

@@ -96,11 +96,11 @@ def _cast_figures(rng: np.random.Generator, config: RenderConfig, horizon: int) 
     slots = 0.5 + (1 - spread) * rng.uniform(-0.35, 0.35) + spread * (slots - 0.5)
     figures = []
     for slot in slots:
-        person = sample_person(rng, config.turn)
+        person = sample_person(rng, config.turn, config.bent_legs)
         view = rng.random()
-        if count == 1 and view < 0.26:
+        if count == 1 and view < config.close_ups:
             stature = height * rng.uniform(1.15, 1.9)
-        elif count == 1 and view > 0.9:
+        elif count == 1 and view > max(0.9, config.close_ups):
             stature = height * rng.uniform(0.42, 0.6)
         else:
             stature = height * rng.uniform(0.62, 0.98) * (1.0, 0.96, 0.9)[min(count, 3) - 1]

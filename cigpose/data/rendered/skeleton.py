@@ -160,16 +160,18 @@ def sample_yaw(rng: np.random.Generator) -> float:
     return float(sign * rng.uniform(1.9, np.pi))
 
 
-def sample_pose(rng: np.random.Generator, build: Build, turn: float = 1.0) -> Pose:
+def sample_pose(rng: np.random.Generator, build: Build, turn: float, bent_legs: float) -> Pose:
     """A natural pose: standing, walking, stepping, crouching or sitting, each arm on its own.
 
     Args:
         rng: of the person.
         build: their proportions.
         turn: factor on the heading; 0 has everyone face the camera.
+        bent_legs: share of people who do not stand or walk.
     """
     yaw = turn * sample_yaw(rng)
-    stance = draw(rng, (0.47, 0.2, 0.09, 0.05, 0.19))
+    upright, bent = 1 - bent_legs, bent_legs
+    stance = draw(rng, (0.7 * upright, 0.3 * upright, 0.27 * bent, 0.15 * bent, 0.58 * bent))
     if stance == 4 and abs(yaw) > 1.8:
         yaw *= 0.5
     pelvis = rotate_y(yaw)
