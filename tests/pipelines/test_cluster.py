@@ -6,7 +6,9 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,16 +77,19 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     "CIGPOSE_TEST_CLUSTER" not in os.environ,
     reason="kills a node of a Ray cluster made on this machine, two minutes; set CIGPOSE_TEST_CLUSTER=1",
 )
+@pytest.mark.parametrize("min_workers", [1, None], ids=["on what is left", "when the node returns"])
 def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
     stage: Stage,
     two_nodes: tuple[object, str],
     served: str,
     tmp_path: Path,
+    min_workers: int | None,
 ) -> None:
     cluster, address = two_nodes
+    shutil.rmtree(stage.folder / ".runs", ignore_errors=True)
     stage.params(
         train__epochs=6,
-        train__cluster={"num_workers": 2, "use_gpu": False, "min_workers": 1},
+        train__cluster={"num_workers": 2, "use_gpu": False, "min_workers": min_workers},
         train__checkpoint={"every_steps": 2, "every_minutes": None, "keep": 2},
         train__loader__cache=str(tmp_path / "cache"),
         data__locations={name: f"{served}/{name}" for name in ("rendered-train", "rendered-val")},
@@ -93,6 +98,11 @@ def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
     process = stage.start(RAY_ADDRESS=address, **token)
     stage.wait_for_step(process, 4)
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    if min_workers is None:
+        before = stage.steps()[-1]
+        time.sleep(20)
+        assert stage.steps()[-1] <= before + 2 and process.poll() is None  # it waits
+        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     assert "resumed at step" in output
