@@ -75,7 +75,7 @@ def test_an_evaluation_survives_the_tags_of_a_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "is_same"), [("batch", 7, True), ("metric", "body/AP", True), ("flip_test", True, False)]
+    ("name", "value", "is_same"), [("batch", 7, True), ("metric", "body/AP", True), ("person_score", "box", False)]
 )
 def test_the_protocol_holds_what_changes_figures(config: Config, name: str, value: object, is_same: bool) -> None:
     values = config.to_mapping()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from train_stage import Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-LONG = {"train__epochs": 3, "train__checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 2}}
+LONG: dict[str, Any] = {"train__epochs": 3, "train__checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 2}}
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -26,15 +27,19 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
 
 
-def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(stage: Stage) -> None:
+def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(stage: Stage, s3: Any) -> None:
     stage.params(**LONG)
     code, output = stage.run()
     assert code == 0, output[-3000:]
     expected, history = stage.weights(), (stage.folder / "data/plots/loss.csv").read_text()
-    shutil.rmtree(stage.folder / ".runs")
+    (stage.folder / ".runs").rename(stage.folder / ".kept")
     shutil.rmtree(stage.folder / "data/model")
 
-    process = stage.start()
+    s3.create_bucket(Bucket="training")
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    away = {**LONG["train__checkpoint"], "address": "s3://training/quickstart"}
+    stage.params(**{**LONG, "train__checkpoint": away})
+    process = stage.start(**aws)
     stage.wait_for_step(process, 3)
     for worker in workers_of(process):  # Ray starts it again
         worker.kill()
@@ -42,8 +47,9 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     os.killpg(process.pid, signal.SIGKILL)  # the driver, and what is in its group
     process.wait()
     time.sleep(1)
+    shutil.rmtree(stage.folder / ".runs")  # as on another machine, which has nothing but the address
 
-    process = stage.start()  # and now politely
+    process = stage.start(**aws)  # and now politely
     stage.wait_for_step(process, 9)
     started = workers_of(process)
     process.send_signal(signal.SIGTERM)
@@ -54,11 +60,13 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
 
-    code, output = stage.run()
+    code, output = stage.run(**aws)
     assert code == 0, output[-3000:]
     weights = stage.weights()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert (stage.folder / "data/plots/loss.csv").read_text() == history
+    shutil.rmtree(stage.folder / ".runs")
+    (stage.folder / ".kept").rename(stage.folder / ".runs")
 
 
 def test_a_finished_run_is_copied_out_again_and_other_params_are_another_run(stage: Stage) -> None:
@@ -108,22 +116,13 @@ def test_changed_shards_are_named_before_anything_starts(stage: Stage) -> None:
     assert tar.name in output and "index.json says" in output
 
 
-def test_a_training_goes_on_from_an_object_store_and_refuses_other_params(stage: Stage, s3: Any) -> None:
-    s3.create_bucket(Bucket="training")
-    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    address = {"every_steps": 2, "every_minutes": None, "keep": 1, "address": "s3://training/quickstart"}
-    stage.params(train__checkpoint=address)
-    process = stage.start(**aws)
-    stage.wait_for_step(process, 6)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    shutil.rmtree(stage.folder / ".runs")  # as on another machine, which has nothing but the address
-    code, output = stage.run(**aws)
-    assert code == 0, output[-3000:]
-    assert "resumed at step" in output
-    stage.params(train__checkpoint=address, seed=8)
-    code, output = stage.run(**aws)
+def test_checkpoints_of_other_params_at_an_address_are_refused_until_restart(stage: Stage, tmp_path: Path) -> None:
+    checkpoints = next(stage.folder.glob(".runs/*/checkpoints/step-*")).parent
+    shutil.copytree(checkpoints, tmp_path / "kept")
+    address = {"every_steps": None, "every_minutes": None, "keep": 1, "address": str(tmp_path / "kept")}
+    stage.params(train__epochs=1, train__checkpoint=address, seed=8)
+    code, output = stage.run()
     assert code == 1
     assert "seed: 0 there, 8 now" in output and "--restart" in output
-    code, output = stage.run("--restart", **aws)
+    code, output = stage.run("--restart")
     assert code == 0, output[-2000:]

@@ -90,6 +90,7 @@ TINY = {
     "model__head__hidden": 32,
     "model__head__gau_s": 16,
     "train__epochs": 2,
+    "train__validate_every_epochs": 1,
     "train__batch_total": 8,
     "train__loss_batch": 8,
     "train__schedule": {"warmup_steps": 2, "cosines": [{"begin_epoch": 0, "end_epoch": 2, "final_factor": 0.1}]},

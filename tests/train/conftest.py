@@ -28,6 +28,7 @@ def make_config(**changes: Any) -> Config:
         "warmup_steps": 3,
         "cosines": [{"begin_epoch": 0, "end_epoch": 2, "final_factor": 0.1}],
     }
+    values["train"]["validate_every_epochs"] = 1
     values["train"]["ema"] = {"enabled": True, "momentum": 0.01, "gamma": 10.0}
     values["train"]["checkpoint"] = {"every_steps": 3, "every_minutes": None, "keep": 2}
     values["train"]["cluster"] = {"num_workers": 1}
