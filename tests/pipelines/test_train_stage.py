@@ -32,8 +32,9 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     code, output = stage.run()
     assert code == 0, output[-3000:]
     expected, history = stage.weights(), (stage.folder / "data/plots/loss.csv").read_text()
-    (stage.folder / ".runs").rename(stage.folder / ".kept")
-    shutil.rmtree(stage.folder / "data/model")
+    kept = {stage.folder / ".runs": stage.folder / ".kept", stage.folder / "data/model": stage.folder / ".kept-model"}
+    for source, target in kept.items():
+        source.rename(target)
 
     s3.create_bucket(Bucket="training")
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
@@ -65,8 +66,9 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     weights = stage.weights()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert (stage.folder / "data/plots/loss.csv").read_text() == history
-    shutil.rmtree(stage.folder / ".runs")
-    (stage.folder / ".kept").rename(stage.folder / ".runs")
+    for source, target in kept.items():
+        shutil.rmtree(source)
+        target.rename(source)
 
 
 def test_a_finished_run_is_copied_out_again_and_other_params_are_another_run(stage: Stage) -> None:
@@ -117,10 +119,11 @@ def test_changed_shards_are_named_before_anything_starts(stage: Stage) -> None:
 
 
 def test_checkpoints_of_other_params_at_an_address_are_refused_until_restart(stage: Stage, tmp_path: Path) -> None:
-    checkpoints = next(stage.folder.glob(".runs/*/checkpoints/step-*")).parent
-    shutil.copytree(checkpoints, tmp_path / "kept")
-    address = {"every_steps": None, "every_minutes": None, "keep": 1, "address": str(tmp_path / "kept")}
-    stage.params(train__epochs=1, train__checkpoint=address, seed=8)
+    address = {"every_steps": 2, "every_minutes": None, "keep": 1, "address": str(tmp_path / "kept")}
+    short = {"train__epochs": 1, "train__checkpoint": address}
+    stage.params(**short)
+    assert stage.run()[0] == 0
+    stage.params(**short, seed=8)
     code, output = stage.run()
     assert code == 1
     assert "seed: 0 there, 8 now" in output and "--restart" in output
