@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nested import change
 
 from cigpose.config import Config, config_from_mapping, load_preset
 from cigpose.model.estimator import CIGPose, build_model, forward_flip_test, normalize
@@ -141,12 +142,6 @@ def tiny_config() -> Callable[..., Config]:
         values["model"] |= {"input_size": [64, 64]}
         values["model"]["backbone"] |= {"widen_factor": 0.125, "out_stage": 3}
         values["model"]["head"] |= {"hidden": 32, "gau_s": 16, "final_kernel_size": 3}
-        for path, value in changes.items():
-            *parents, last = path.split("__")
-            section = values
-            for parent in parents:
-                section = section[parent]
-            section[last] = value
-        return config_from_mapping(values)
+        return config_from_mapping(change(values, **changes))
 
     return make

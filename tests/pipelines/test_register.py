@@ -75,12 +75,18 @@ def test_an_evaluation_survives_the_tags_of_a_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "is_same"), [("batch", 7, True), ("metric", "body/AP", True), ("person_score", "box", False)]
+    ("name", "one", "other", "is_same"),
+    [("batch", 7, 8, True), ("metric", "body/AP", "whole/AP", True), ("flip_test", True, False, False)],
 )
-def test_the_protocol_holds_what_changes_figures(config: Config, name: str, value: object, is_same: bool) -> None:
+def test_the_protocol_holds_what_changes_figures(
+    config: Config, name: str, one: object, other: object, is_same: bool
+) -> None:
     values = config.to_mapping()
-    changed = config_from_mapping(values | {"evaluate": values["evaluate"] | {name: value}})
-    assert (protocol_of(changed) == protocol_of(config)) is is_same
+    protocols = [
+        protocol_of(config_from_mapping(values | {"evaluate": values["evaluate"] | {name: value}}))
+        for value in (one, other)
+    ]
+    assert (protocols[0] == protocols[1]) is is_same
 
 
 @pytest.fixture

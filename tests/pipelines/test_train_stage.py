@@ -36,11 +36,7 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     for source, target in kept.items():
         source.rename(target)
 
-    s3.create_bucket(Bucket="training")
-    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    away = {**LONG["train__checkpoint"], "address": "s3://training/quickstart"}
-    stage.params(**{**LONG, "train__checkpoint": away})
-    process = stage.start(**aws)
+    process = stage.start()
     stage.wait_for_step(process, 3)
     for worker in workers_of(process):  # Ray starts it again
         worker.kill()
@@ -48,8 +44,14 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     os.killpg(process.pid, signal.SIGKILL)  # the driver, and what is in its group
     process.wait()
     time.sleep(1)
-    shutil.rmtree(stage.folder / ".runs")  # as on another machine, which has nothing but the address
 
+    s3.create_bucket(Bucket="training")
+    checkpoints = next(stage.folder.glob(".runs/*/checkpoints"))
+    for file in filter(Path.is_file, checkpoints.rglob("*")):
+        s3.upload_file(str(file), "training", f"quickstart/{file.relative_to(checkpoints)}")
+    away = {**LONG["train__checkpoint"], "address": "s3://training/quickstart"}
+    stage.params(**{**LONG, "train__checkpoint": away})
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     process = stage.start(**aws)  # and now politely
     stage.wait_for_step(process, 9)
     started = workers_of(process)
@@ -61,8 +63,9 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
 
+    shutil.rmtree(stage.folder / ".runs")  # as on another machine, which has nothing but the address
     code, output = stage.run(**aws)
-    assert code == 0, output[-3000:]
+    assert code == 0 and "resumed at step" in output, output[-3000:]
     weights = stage.weights()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert (stage.folder / "data/plots/loss.csv").read_text() == history

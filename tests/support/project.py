@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from nested import change
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("cigpose", "pipelines", "dvc.yaml", "params.yaml", "pyproject.toml", ".dvc/config", ".dvcignore", ".gitignore")
@@ -48,13 +49,7 @@ class Project:
         """Set keys of params.yaml, dots written as double underscores."""
         file = self.folder / "params.yaml"
         values = yaml.safe_load(file.read_text())
-        for path, value in changes.items():
-            *parents, last = path.split("__")
-            section = values
-            for key in parents:
-                section = section[key]
-            section[last] = value
-        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        file.write_text(yaml.safe_dump(change(values, **changes), sort_keys=False))
 
     def commit(self, message: str) -> None:
         """Commit what git tracks or may track."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import yaml
+from nested import change
 from project import TINY
 
 from cigpose.config import load_params, load_preset
@@ -40,12 +41,7 @@ class Stage:
     def params(self, **changes: object) -> None:
         """Write params.yaml: the tiny quickstart with changes, dots written as double underscores."""
         values = load_preset("quickstart").to_mapping()
-        for path, value in {**TINY, "train__log_every_steps": 1, **changes}.items():
-            *parents, last = path.split("__")
-            section = values
-            for key in parents:
-                section = section[key]
-            section[last] = value
+        change(values, **{**TINY, "train__log_every_steps": 1, **changes})
         (self.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -8,37 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import make_config
 
-from cigpose.config import Config, RenderConfig, config_from_mapping, load_preset
+from cigpose.config import Config, RenderConfig
 from cigpose.data.rendered import render_dataset
 from cigpose.data.shards import write_dataset
-
-
-def make_config(**changes: Any) -> Config:
-    """The quickstart at a fraction of its size, with changes at dotted paths (`train__epochs=3`)."""
-    values = load_preset("quickstart").to_mapping()
-    values["name"] = "tiny"
-    values["data"]["sharding"]["images_per_shard"] = 10
-    values["model"] |= {"input_size": [48, 64]}
-    values["model"]["backbone"] |= {"widen_factor": 0.125}
-    values["model"]["head"] |= {"hidden": 16, "gau_s": 16, "final_kernel_size": 3}
-    values["train"] |= {"epochs": 2, "batch_total": 8, "loss_batch": 8, "log_every_steps": 2, "precision": "fp32"}
-    values["train"]["optimizer"] |= {"learning_rate": 0.0012, "learning_rate_batch": 8}
-    values["train"]["schedule"] = {
-        "warmup_steps": 3,
-        "cosines": [{"begin_epoch": 0, "end_epoch": 2, "final_factor": 0.1}],
-    }
-    values["train"]["validate_every_epochs"] = 1
-    values["train"]["ema"] = {"enabled": True, "momentum": 0.01, "gamma": 10.0}
-    values["train"]["checkpoint"] = {"every_steps": 3, "every_minutes": None, "keep": 2}
-    values["train"]["cluster"] = {"num_workers": 1}
-    for path, value in changes.items():
-        *parents, last = path.split("__")
-        section = values
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return config_from_mapping(values)
 
 
 @pytest.fixture(scope="session")

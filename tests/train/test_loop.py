@@ -170,7 +170,7 @@ def test_checkpoints_can_follow_the_clock(
 @pytest.mark.slow
 def test_two_workers_on_half_batches_equal_one_on_the_whole(tmp_path: Path) -> None:
     """With synchronised batch norm, in float64, over real gradient averaging: the same losses and weights."""
-    script = Path(__file__).with_name("halves.py")
+    script = Path(__file__).parents[1] / "support/halves.py"
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from tiny_training import make_config
 from torch import distributed
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_config
 
 from cigpose.model.estimator import build_model
 from cigpose.train.build import state_around
