@@ -11,8 +11,9 @@ import yaml
 from cigpose.config import load_preset, presets
 
 ORCHESTRATORS = {"dvc", "prefect", "ray", "mlflow", "pipelines"}
-GROUND = {"keypoints", "schema", "config", "codec", "progress", "params_file", "draw"}
+GROUND = {"files", "keypoints", "schema", "config", "codec", "progress", "params_file", "draw"}
 MAY_USE = {
+    "files": {"files"},
     "model": GROUND | {"model"},
     "data": GROUND | {"data"},
     "train": GROUND | {"train", "model", "data", "evaluate"},

@@ -1,0 +1,1 @@
+"""What knows bytes and nothing of people. Uses nothing else of ours."""
