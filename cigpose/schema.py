@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -23,6 +24,32 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition` holds; for `__post_init__` of a section."""
     if not condition:
         raise ValueError(message)
+
+
+_NAMES = {
+    "key": (re.compile(r"[A-Za-z0-9_-]+"), "letters, digits, `_` and `-` only"),
+    "name": (re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"), "letters, digits, `_`, `-` and, not first, `.` only"),
+    "path": (re.compile(r"[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]*"), "a relative path without `..` and line breaks"),
+}
+
+
+def require_name(text: str, where: str, kind: Literal["key", "name", "path"] = "key") -> None:
+    """Refuse text that must not become part of a path or of a command.
+
+    Args:
+        text: what the user wrote.
+        where: its place in the section, for the message.
+        kind: `key` names a table of params.yaml, its stage and folder; `name` one folder; `path` what lies below a
+            known folder, a member of an archive perhaps (`a.zip:b/c.json`).
+
+    Raises:
+        ValueError: it is none.
+    """
+    pattern, expected = _NAMES[kind]
+    require(
+        pattern.fullmatch(text) is not None and ".." not in re.split("[/:]", text),
+        f"{where}: {text!r} cannot be used as a {kind}. Expected {expected}.",
+    )
 
 
 def from_mapping(cls: type[T], values: Any, path: str = "") -> T:

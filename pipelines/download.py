@@ -2,7 +2,7 @@
 
     python -m pipelines.download KEY
 
-Resumable: kill it and run it again.
+Without KEY it is the one whose stage DVC runs. Resumable: kill it and run it again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.data.download import fetch
+from pipelines.member import asked_member
 
 RAW = Path("data/raw")
 
@@ -23,9 +24,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     """Run the stage; a user's mistake ends it with one sentence and exit status 1."""
-    if len(sys.argv) != 2:
-        sys.exit("Usage: python -m pipelines.download KEY, a key of data.download.sources in params.yaml.")
-    key = sys.argv[1]
+    key = asked_member("download", "data.download.sources")
     try:
         options = load_params().data.download
         if key not in options.sources:

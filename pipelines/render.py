@@ -1,26 +1,23 @@
 """DVC stage `render`: draw one rendered dataset.
 
 `python -m pipelines.render KEY` reads data.render[KEY] from params.yaml and writes data/raw/KEY/{images.zip,
-annotations.json}.
+annotations.json}. Without KEY it is the one whose stage DVC runs.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.data.rendered import render_dataset
+from pipelines.member import asked_member
 
 RAW = Path("data/raw")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Render the dataset named on the command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1:
-        raise SystemExit(f"python -m pipelines.render KEY: expected one dataset, got {arguments}.")
-    key = arguments[0]
+    """Render one dataset."""
+    key = asked_member("render", "data.render", arguments)
     try:
         datasets = load_params().data.render
         if key not in datasets:

@@ -1,4 +1,7 @@
-"""Stage `shard`: `python -m pipelines.shard KEY` makes data/shards/KEY from data/raw."""
+"""Stage `shard`: `python -m pipelines.shard KEY` makes data/shards/KEY from data/raw.
+
+Without KEY it is the one whose stage DVC runs.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.data.shards import write_dataset
+from pipelines.member import asked_member
 
 RAW = Path("data/raw")
 SHARDS = Path("data/shards")
 
 
 def main() -> None:
-    """Shard the dataset named on the command line; errors are one sentence and exit code 1."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m pipelines.shard KEY, with KEY one of data.datasets in params.yaml")
+    """Shard one dataset; errors are one sentence and exit code 1."""
+    key = asked_member("shard", "data.datasets")
     try:
-        index = write_dataset(load_params(), sys.argv[1], RAW, SHARDS)
+        index = write_dataset(load_params(), key, RAW, SHARDS)
     except (ValueError, OSError) as err:
         sys.exit(f"shard: {err}")
     dropped = ", ".join(f"{count} {reason}" for reason, count in index.dropped.items()) or "none"

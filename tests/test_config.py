@@ -145,6 +145,89 @@ def test_a_wrong_value_is_named_with_its_path(path: str, value: Any, message: st
         config_from_mapping(change(quickstart(), path, value))
 
 
+HOSTILE = [
+    "x$(touch f)",
+    "x`touch f`",
+    "x'y",
+    "a b",
+    "x;y",
+    "../x",
+    "/x",
+    "..",
+    ".",
+    "",
+    "x\n",
+    "x\u0000",
+    "\u00e9",
+    "x.y",
+]
+
+
+@pytest.mark.parametrize("table", ["render", "datasets", "download.sources", "locations"])
+@pytest.mark.parametrize("key", HOSTILE, ids=ascii)
+def test_a_key_that_becomes_a_folder_or_a_stage_is_plain(table: str, key: str) -> None:
+    values = quickstart()
+    section = values["data"]
+    for part in table.split("."):
+        section = section[part]
+    section[key] = next(iter(section.values()), "s3://people/shards")
+    with pytest.raises(ConfigError) as error:
+        config_from_mapping(values)
+    text = f"data.{table}: {key!r} cannot be used as a key. Expected letters, digits, `_` and `-` only."
+    assert str(error.value) == text
+
+
+PATHS = ["../x", "a/../../x", "/etc/x", "..", "a.zip:../x", "a/..", "", "x\ny", "x\u0000"]
+
+
+@pytest.mark.parametrize("field", ["raw", "images", "annotations", "detections", "split_file"])
+@pytest.mark.parametrize("path", PATHS, ids=ascii)
+def test_what_a_dataset_reads_lies_below_its_folder(field: str, path: str) -> None:
+    where = f"data.datasets.rendered-val.{field}"
+    with pytest.raises(ConfigError) as error:
+        config_from_mapping(change(quickstart(), where, path))
+    assert str(error.value) == f"{where}: {path!r} cannot be used as a path. Expected a relative path without `..` and line breaks."  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "model.backbone.pretrained",
+            "../../x.pth",
+            "model.backbone.pretrained: '../../x.pth' cannot be used as a path",
+        ),
+        ("data.download.drive_ids", {"../x": "1"}, "data.download.drive_ids: '../x' cannot be used as a path"),
+        ("data.download.sources.pretrained", ["/x"], "data.download.sources.pretrained: '/x' cannot be used as a path"),
+        *(
+            ("name", name, f"name: {name!r} cannot be used as a name")
+            for name in ("../../x", "/x", "a/b", "..", ".x", "")
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_name_cannot_lead_out_of_the_project(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_mapping(change(quickstart(), path, value))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("name", "rtmpose-m_v1.2"),
+        ("data.datasets.rendered-val.raw", "mine/2026 spring"),
+        ("data.datasets.rendered-val.raw", "."),
+        ("data.datasets.rendered-val.images", "photos/first..last (1)"),
+        ("data.datasets.rendered-val.annotations", "labels.zip:annotations/val.json"),
+        ("model.backbone.pretrained", "body/cspnext-m.pth"),
+        ("data.locations", {"rendered-val": "s3://people/../shards"}),
+    ],
+)
+def test_a_relative_path_may_have_folders_spaces_and_dots(path: str, value: Any) -> None:
+    config_from_mapping(change(quickstart(), path, value))
+
+
 def test_a_missing_key_is_named_with_its_path() -> None:
     values = quickstart()
     del values["train"]["loss_batch"]

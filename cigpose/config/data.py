@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require
+from cigpose.schema import require, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,9 +26,12 @@ class DownloadConfig:
     def __post_init__(self) -> None:
         for name in ("parallel_files", "timeout_s", "max_attempts"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
-        for key in self.sources:
-            plain = key not in ("", ".", "..") and not set(key) & set("/\\")
-            require(plain, f"sources: {key!r} is no name of a folder under data/raw.")
+        for key, files in self.sources.items():
+            require_name(key, "sources")
+            for file in files:
+                require_name(file, f"sources.{key}", "path")
+        for file in self.drive_ids:
+            require_name(file, "drive_ids", "path")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +98,9 @@ class DatasetConfig:
     """UBody: keep only the first person of a frame, as the original converter does by accident."""
 
     def __post_init__(self) -> None:
+        for name in ("raw", "images", "annotations", "detections", "split_file"):
+            if (path := getattr(self, name)) is not None:
+                require_name(path, name, "path")
         require(self.frame_interval >= 1, f"frame_interval must be 1 or more, got {self.frame_interval}.")
 
 
@@ -137,6 +143,9 @@ class DataConfig:
     """Dataset -> address of its shards (s3://, http://, a folder) in place of data/shards/<dataset>."""
 
     def __post_init__(self) -> None:
+        for table in ("render", "datasets", "locations"):
+            for key in getattr(self, table):
+                require_name(key, table)
         for name in (*self.train, self.val):
             require(
                 name in self.datasets or name in self.locations,

@@ -15,7 +15,7 @@ from cigpose.config.model import ModelConfig
 from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig
 from cigpose.config.training import AugmentationConfig, TrainConfig
 from cigpose.keypoints import KeypointSet, keypoint_set
-from cigpose.schema import ConfigError, from_mapping, to_mapping
+from cigpose.schema import ConfigError, from_mapping, require_name, to_mapping
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -39,6 +39,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no single section can see."""
+        require_name(self.name, "name", "name")
         try:
             keypoints = self.keypoint_set
         except ValueError as err:

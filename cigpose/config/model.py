@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require
+from cigpose.schema import require, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +21,8 @@ class BackboneConfig:
     """File in data/raw/pretrained with `backbone.*` weights to start from."""
 
     def __post_init__(self) -> None:
+        if self.pretrained is not None:
+            require_name(self.pretrained, "pretrained", "path")
         require(self.out_stage in (2, 3, 4), f"out_stage must be 2, 3 or 4, got {self.out_stage}.")
 
 

@@ -328,7 +328,7 @@ def test_a_mistake_in_params_is_told_before_anything_is_fetched(room: Room, host
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        pytest.param({"sources": {"../coco": []}}, "sources: '../coco' is no name of a folder", id="folder"),
+        pytest.param({"sources": {"../coco": []}}, "sources: '../coco' cannot be used as a key", id="folder"),
         pytest.param({"sources": {}, "timeout_s": 0}, "timeout_s must be positive, got 0", id="time-out"),
         pytest.param({"sources": {}, "parallel_files": 0}, "parallel_files must be positive, got 0", id="files"),
         pytest.param({"sources": {}, "max_attempts": -1}, "max_attempts must be positive, got -1", id="attempts"),
