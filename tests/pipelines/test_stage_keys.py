@@ -42,11 +42,13 @@ def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def pipeline(tmp_path: Path, root: Path) -> Path:
     """The dvc.yaml of this checkout in a folder of its own, without git."""
-    shutil.copy(root / "dvc.yaml", tmp_path)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(root / "dvc.yaml", folder)
     for name in ("cigpose", "pipelines"):
-        (tmp_path / name).symlink_to(root / name)
-    assert dvc(tmp_path, "init", "--no-scm", "--quiet").returncode == 0
-    return tmp_path
+        (folder / name).symlink_to(root / name)
+    assert dvc(folder, "init", "--no-scm", "--quiet").returncode == 0
+    return folder
 
 
 def test_a_key_with_shell_text_in_it_runs_nothing_and_is_refused_in_one_sentence(pipeline: Path) -> None:
@@ -62,6 +64,23 @@ def test_a_key_with_shell_text_in_it_runs_nothing_and_is_refused_in_one_sentence
     assert run.returncode != 0
     assert "params.yaml: data." in run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr
+
+
+def test_a_key_that_leads_elsewhere_costs_nobody_a_folder(pipeline: Path) -> None:
+    """DVC takes an output away before it runs a stage, and so before any code of ours can look at its name."""
+    inside, outside = pipeline / "precious", pipeline.parent / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "file").write_text("the only copy")
+    values = load_preset("quickstart").to_mapping()
+    values["data"]["render"] |= {"../../precious": values["data"]["render"]["rendered-val"]}
+    values["data"]["datasets"] |= {"../../../outside": values["data"]["datasets"]["rendered-val"]}
+    (pipeline / "params.yaml").write_text(yaml.safe_dump(values))
+    (pipeline / "data/raw/rendered-val").mkdir(parents=True)
+    keys = ("render@../../precious", "shard@../../../outside")
+    run = dvc(pipeline, "repro", "--keep-going", "--single-item", *keys)
+    assert all(f"'{key}'" in run.stderr.partition("failed to reproduce")[2] for key in keys), run.stderr
+    assert [(folder / "file").read_text() for folder in (inside, outside)] == ["the only copy"] * 2
 
 
 def test_a_member_is_the_one_asked_for_else_the_one_dvc_runs(monkeypatch: pytest.MonkeyPatch) -> None:
