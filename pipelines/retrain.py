@@ -10,6 +10,7 @@ Prefect keeps its state in `.prefect` beside params.yaml unless PREFECT_HOME say
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -23,33 +24,17 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import requests
 import yaml
 
+from pipelines.access import prefect_home, server_to_use
 from pipelines.lineage import project_root
 from pipelines.processes import environment, run_logged
 
 ROOT = project_root()
-os.environ.setdefault("PREFECT_HOME", str(ROOT / ".prefect"))
+prefect_home(ROOT)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # its first start takes 10 to 20 s
 
-
-def _join_running_server() -> None:
-    """Show this run in the server of `make ui`, if one is up."""
-    note = Path(os.environ["PREFECT_HOME"]) / "api_url"
-    if "PREFECT_API_URL" in os.environ or not note.is_file():
-        return
-    address = note.read_text(encoding="utf-8").strip()
-    try:
-        if requests.get(f"{address}/health", timeout=2).ok:
-            os.environ["PREFECT_API_URL"] = address
-    except requests.RequestException:
-        pass
-
-
-_join_running_server()
-
-from prefect import Task, flow, get_run_logger, task  # noqa: E402  (reads the settings above when imported)
+from prefect import Task, flow, get_run_logger, settings, task  # noqa: E402  (reads the settings above when imported)
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact  # noqa: E402
 from prefect.client.schemas.objects import (  # noqa: E402
     ConcurrencyLimitConfig,
@@ -195,7 +180,7 @@ def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> dict[str, tuple
 
     Args:
         path: params.yaml.
-        overrides: `train.epochs` -> value.
+        overrides: `train.epochs` -> value, of keys that params.yaml has; a table (`data.locations`) is given whole.
 
     Returns: key -> (value before, value now), of those that changed.
 
@@ -211,6 +196,10 @@ def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> dict[str, tuple
             if not isinstance(section.get(part), dict):
                 raise ConfigError(f"overrides: {key}: {part!r} is not a section of params.yaml.")
             section = section[part]
+        if name not in section:
+            near = difflib.get_close_matches(name, section, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else "Add it to params.yaml by hand, or give the whole table."
+            raise ConfigError(f"overrides: {key}: unknown key. {hint}")
         section[name] = value
     config: Config = config_from_mapping(values)
     after = config.to_mapping()
@@ -309,23 +298,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "force": options.force,
         "start_from": options.start_from,
     }
-    if options.serve:
-        retrain.serve(
-            name="served",
-            cron=options.cron,
-            parameters=parameters,
-            pause_on_shutdown=False,  # else stopping this process pauses the schedule for good
-            global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-        )
-        return 0
     try:
-        print(retrain(**parameters))
+        chosen = {getattr(settings, name): value for name, value in server_to_use(ROOT).items()}
+        with settings.temporary_settings(chosen):
+            if options.serve:
+                serve(parameters, options.cron)
+            else:
+                print(retrain(**parameters))
     except (StageError, ConfigError, OSError, TimeoutError) as err:
         print(f"retrain: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def serve(parameters: dict[str, Any], cron: str | None) -> None:
+    """Stay, and run the flow by schedule or when asked to, one run at a time."""
+    retrain.serve(
+        name="served",
+        cron=cron,
+        parameters=parameters,
+        pause_on_shutdown=False,  # else stopping this process pauses the schedule for good
+        global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from types import FrameType
 import requests
 
 from cigpose.config import load_params
+from pipelines.access import address_note, guarded_server, prefect_home
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.tracking import artifact_folder, connect, tracking_address
@@ -50,14 +51,10 @@ class Server:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def prefect_home(root: Path) -> Path:
-    """Where Prefect keeps its database and settings: `.prefect` of the project, unless PREFECT_HOME says else."""
-    return Path(os.environ.setdefault("PREFECT_HOME", str(root / ".prefect")))
-
-
 def prefect_server(root: Path, port: int) -> Server:
     """The Prefect server, with its interface told which port it is on (it calls 4200 otherwise)."""
     api = f"http://{HOST}:{port}/api"
+    guards = guarded_server(root, _origins(port))
     return Server(
         name="Prefect",
         command=(sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)),
@@ -68,8 +65,13 @@ def prefect_server(root: Path, port: int) -> Server:
             "PREFECT_API_URL": api,
             "PREFECT_UI_API_URL": api,
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            **guards,
         },
     )
+
+
+def _origins(port: int) -> tuple[str, ...]:
+    return tuple(f"http://{host}:{port}" for host in (HOST, "localhost"))
 
 
 def mlflow_server(root: Path, port: int, address: str) -> Server:
@@ -82,6 +84,8 @@ def mlflow_server(root: Path, port: int, address: str) -> Server:
             *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address),
             *("--artifacts-destination", artifact_folder(address, root) or str(root / "mlartifacts")),
             *("--host", HOST, "--port", str(port), "--workers", "1"),
+            *("--allowed-hosts", ",".join(origin.removeprefix("http://") for origin in _origins(port))),
+            *("--cors-allowed-origins", ",".join(_origins(port))),
         ),
         health=f"http://{HOST}:{port}/health",
         address=f"http://{HOST}:{port}",
@@ -194,11 +198,15 @@ def serve(root: Path) -> None:
     if not address.startswith("http"):
         servers.append(mlflow_server(root, choose_port(5000, "MLFLOW_PORT"), address))
         mlflow_address = servers[-1].address
-    note = prefect_home(root) / "api_url"  # `make retrain` shows itself in this server
+    note = address_note(root)  # `make retrain` shows itself in this server
     try:
         with running(*servers, root=root) as processes:
             note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
-            print(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}\nCtrl-C stops both.", flush=True)
+            print(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}", flush=True)
+            for server in servers:
+                if token := server.env.get("PREFECT_SERVER_API_AUTH_STRING"):
+                    print(f"Prefect's page asks once for a password: {token}", flush=True)
+            print("Ctrl-C stops both.", flush=True)
             watch(servers, processes)
     finally:
         note.unlink(missing_ok=True)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import base64
+import functools
 import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 import yaml
 
 from cigpose.config import Config, load_params
@@ -118,6 +122,11 @@ def test_overrides_are_written_to_params_and_told(project: Path, config: Config)
     assert changes == {"train.epochs": (4, 9), "data.render.rendered-val.num_images": (160, 50)}
     assert load_params(path).train.epochs == 9
     assert load_params(path).data.render["rendered-val"].num_images == 50
+    retrain.apply_overrides(path, {"data.locations": {"rendered-val": "s3://people/val"}})
+    assert load_params(path).data.locations == {"rendered-val": "s3://people/val"}
+
+
+RENDERED = {"seed": 1, "num_images": 4, "image_size": [64, 64]}
 
 
 @pytest.mark.parametrize(
@@ -127,8 +136,15 @@ def test_overrides_are_written_to_params_and_told(project: Path, config: Config)
         ({"train.epochs": "many"}, "train.epochs: expected int"),
         ({"train.batch_total": 3}, "batch_total must be a multiple of"),
         ({"trains.epochs": 9}, "'trains' is not a section"),
+        ({"seed.x": 9}, "'seed' is not a section"),
+        ({"data.render.mine": RENDERED}, "overrides: data.render.mine: unknown key"),
+        ({"data.render.x$(touch f)": RENDERED}, r"overrides: data\.render\.x\$\(touch f\): unknown key"),
+        ({"data.locations.rendered-val": "s3://a/b"}, "overrides: data.locations.rendered-val: unknown key"),
+        ({"data.render": {"x$(touch f)": RENDERED}}, r"data\.render: 'x\$\(touch f\)' cannot be used as a key"),
+        ({"train.epochs": 9, "name": "../../x"}, "name: '../../x' cannot be used as a name"),
+        ({"": 9}, "overrides: : unknown key"),
     ],
-    ids=["unknown key", "wrong type", "refused value", "unknown section"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_override_leaves_params_untouched(project: Path, config: Config, overrides, message) -> None:
     path = project / "params.yaml"
@@ -146,6 +162,16 @@ def test_a_stage_that_fails_at_once_is_not_tried_again_but_one_that_fails_late_i
     assert [train.allows_retry(early), train.allows_retry(late)] == [False, True]
     assert download.allows_retry(early)
     assert not train.allows_retry(KeyboardInterrupt())
+
+
+def test_importing_the_flow_asks_no_server(toy: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        (toy / ".prefect").mkdir()
+        (toy / ".prefect/api_url").write_text(f"http://127.0.0.1:{listener.getsockname()[1]}/api")
+        assert run(toy, "pydoc", "pipelines.retrain").returncode == 0
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
 
 
 def test_metrics_become_rows() -> None:
@@ -200,6 +226,7 @@ class Prefect:
     def __init__(self, folder: Path, server: ui.Server) -> None:
         self.folder = folder
         self.env = {"PREFECT_API_URL": f"{server.address}/api", "PREFECT_HOME": str(folder / ".prefect")}
+        self.env |= {"PREFECT_API_AUTH_STRING": server.env["PREFECT_API_AUTH_STRING"]}
         self.env |= {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.2"}
 
     def command(self, *command: str) -> str:
@@ -207,12 +234,18 @@ class Prefect:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        import requests
+    @functools.cache  # noqa: B019  (one server lives as long as its test)
+    def session(self) -> requests.Session:
+        session, token = requests.Session(), self.env["PREFECT_API_AUTH_STRING"]
+        session.headers["Authorization"] = f"Basic {base64.b64encode(token.encode()).decode()}"
+        csrf = session.get(f"{self.env['PREFECT_API_URL']}/csrf-token", params={"client": "test"}, timeout=30).json()
+        session.headers.update({"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": csrf["token"]})
+        return session
 
-        address = f"{self.env['PREFECT_API_URL']}/{path}"
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        address, session = f"{self.env['PREFECT_API_URL']}/{path}", self.session()
         for _ in range(10):
-            reply = requests.get(address, timeout=30) if body is None else requests.post(address, json=body, timeout=30)
+            reply = session.get(address, timeout=30) if body is None else session.post(address, json=body, timeout=30)
             if reply.status_code != 503:  # sqlite is busy: Prefect's own client asks again too
                 break
             time.sleep(0.5)
@@ -276,6 +309,13 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     assert "http://127.0.0.1:5000/#/runs/1" in artifacts["retrain-mlflow"]["data"]
     if os.environ.get("CIGPOSE_KEEP_SCREENSHOTS"):
         _keep_pictures(prefect, first)
+
+    (toy / ".prefect/api_url").write_text(prefect.env["PREFECT_API_URL"])  # as `make ui` does
+    joined = run(toy, "pipelines.retrain", "--from", "register")
+    assert joined.returncode == 0, joined.stderr
+    by_hand = prefect.ask("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": True}}})
+    assert [entry["state"]["type"] for entry in by_hand] == ["COMPLETED"]
+    assert wait_for(lambda: any("register" in line for line in prefect.lines(by_hand[0]["id"])))
 
     (toy / "fail").write_text("evaluate")
     failed = prefect.wait_end(second := prefect.start_run(force=True, start_from="evaluate"))

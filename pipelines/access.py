@@ -1,0 +1,84 @@
+"""Who may ask the Prefect servers of this project to run something: whoever can read `.prefect/token`.
+
+A deployment runs commands, and a page in the user's browser can reach every port of loopback. So our servers answer
+nothing but their health without the token; a page of another origin neither gets leave from CORS nor has the CSRF
+token; and a page whose host name was pointed at 127.0.0.1 (Prefect does not look at the Host header) has no token.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import requests
+
+from cigpose.files.atomic import claimed, written_file
+
+HEALTH_TIMEOUT_S = 2.0
+NO_ORIGIN = "https://none.invalid"  # Prefect takes an empty list for its default, which is every origin
+
+
+def prefect_home(root: Path) -> Path:
+    """Where Prefect keeps its database and settings: `.prefect` of the project, unless PREFECT_HOME says else."""
+    return Path(os.environ.setdefault("PREFECT_HOME", str(root / ".prefect")))
+
+
+def address_note(root: Path) -> Path:
+    """The file with the address of the server of `make ui`, there while it runs."""
+    return prefect_home(root) / "api_url"
+
+
+def server_token(root: Path) -> str:
+    """The project's token, made when it is asked for first; its file is its owner's alone.
+
+    Raises:
+        PermissionError: others can read it.
+    """
+    path = prefect_home(root) / "token"
+    with claimed(path.with_name("token.lock"), "Making Prefect's token", wait=True):
+        if not path.is_file():
+            with written_file(path) as part:
+                part.chmod(0o600)
+                part.write_text(secrets.token_urlsafe(24), encoding="ascii")
+    if path.stat().st_mode & 0o077:
+        raise PermissionError(f"{path}: others on this machine can read the token. Delete it; a new one is made.")
+    return path.read_text(encoding="ascii").strip()
+
+
+def guarded_server(root: Path, origins: tuple[str, ...] = ()) -> dict[str, str]:
+    """Environment of a Prefect server that obeys this project only, and of its clients.
+
+    Args:
+        root: folder of params.yaml.
+        origins: addresses whose pages may use it: its own interface.
+    """
+    token = server_token(root)
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": token,
+        "PREFECT_API_AUTH_STRING": token,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins) or NO_ORIGIN,
+    }
+
+
+def server_to_use(root: Path) -> dict[str, str]:
+    """Settings for a client: the server that PREFECT_API_URL names, else that of `make ui` if it is up, else its own.
+
+    A server of its own is a temporary one; it is guarded like the others, for a training takes days.
+    """
+    note = address_note(root)
+    own = note.read_text(encoding="utf-8").strip() if note.is_file() else None
+    asked = os.environ.get("PREFECT_API_URL")
+    if asked not in (None, own):
+        return {}
+    if asked is None and (own is None or not _is_up(own)):
+        return guarded_server(root)
+    return {"PREFECT_API_URL": str(own), "PREFECT_API_AUTH_STRING": server_token(root)}
+
+
+def _is_up(address: str) -> bool:
+    try:
+        return requests.get(f"{address}/health", timeout=HEALTH_TIMEOUT_S).ok
+    except requests.RequestException:
+        return False
