@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from cigpose.config import Config
+from cigpose.config.outcome import refuse_unknown_metric
 from cigpose.draw import draw_poses
 from cigpose.evaluate.checkpoint import dataset_truth, open_shards, sample_pictures
 from cigpose.evaluate.report import contact_sheets
@@ -44,6 +45,11 @@ class Watch:
     def shown_images(self) -> list[int]:
         """Ids of the validation images whose predictions are drawn."""
         return [image_id for image_id, _ in self._pictures]
+
+    def refuse_unknown_metric(self) -> None:
+        """Raise ConfigError where these labels do not give the figure by which epochs are compared."""
+        crowding = self._truth.crowd_index is not None
+        refuse_unknown_metric(self.config.evaluate.metric, self.config.keypoint_set, crowding=crowding)
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Show one event."""

@@ -12,7 +12,7 @@ import yaml
 
 from cigpose.config.data import DataConfig
 from cigpose.config.model import ModelConfig
-from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig
+from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
 from cigpose.config.training import AugmentationConfig, TrainConfig
 from cigpose.keypoints import KeypointSet, keypoint_set
 from cigpose.schema import ConfigError, from_mapping, to_mapping
@@ -43,6 +43,10 @@ class Config:
             keypoints = self.keypoint_set
         except ValueError as err:
             raise ConfigError(str(err)) from err
+        except (TypeError, AttributeError) as err:
+            raise ConfigError(f"keypoints: not a table of keypoints ({err}). See `KeypointSet.from_mapping`.") from err
+        # whether the labels tell crowds is known later
+        refuse_unknown_metric(self.evaluate.metric, keypoints, crowding=True)
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self.model.causal, name)
             if value > len(keypoints):
