@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cigpose.keypoints import KeypointSet, parts_with_whole
-from cigpose.schema import ConfigError
+from cigpose.schema import ConfigError, require_between
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 """pycocotools' ten figures, in its order. -1 where there is nothing to measure."""
@@ -65,6 +65,11 @@ class EvaluateConfig:
     metric: str = "whole/AP"
     """The one number by which checkpoints and models are compared."""
 
+    def __post_init__(self) -> None:
+        require_between(self, 1, 100_000, "batch")
+        require_between(self, 0, 1000, "keypoint_score_threshold")
+        require_between(self, 0, 1, "oks_nms_threshold")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegistryConfig:
@@ -80,6 +85,10 @@ class RegistryConfig:
     pictures: int = 16
     """Sample predictions logged with the model."""
 
+    def __post_init__(self) -> None:
+        require_between(self, 0, 1, "margin")
+        require_between(self, 1, 10_000, "pictures")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedConfig:
@@ -91,3 +100,7 @@ class PublishedConfig:
     """Where the figure stands."""
     gflops: float | None = None
     """Multiply-adds of one forward pass, in billions."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 100, "ap")
+        require_between(self, 0, 1_000_000, "gflops", positive=True)

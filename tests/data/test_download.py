@@ -329,9 +329,9 @@ def test_a_mistake_in_params_is_told_before_anything_is_fetched(room: Room, host
     ("values", "message"),
     [
         pytest.param({"sources": {"../coco": []}}, "sources: '../coco' is no name of a folder", id="folder"),
-        pytest.param({"sources": {}, "timeout_s": 0}, "timeout_s must be positive, got 0", id="time-out"),
-        pytest.param({"sources": {}, "parallel_files": 0}, "parallel_files must be positive, got 0", id="files"),
-        pytest.param({"sources": {}, "max_attempts": -1}, "max_attempts must be positive, got -1", id="attempts"),
+        pytest.param({"sources": {}, "timeout_s": 0}, "timeout_s must be more than 0 and at most 86400, got 0", id="time-out"),
+        pytest.param({"sources": {}, "parallel_files": 0}, "parallel_files must be between 1 and 64, got 0", id="files"),
+        pytest.param({"sources": {}, "max_attempts": -1}, "max_attempts must be between 1 and 1000, got -1", id="attempts"),
     ],
 )
 def test_a_number_or_key_that_makes_no_sense_is_refused_with_its_path(values: dict, message: str) -> None:
