@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +142,25 @@ def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
     assert not trained
     outcome_of(capsys, "--restart")  # the owner has gone
     assert trained == [folder] and not folder.exists()
+
+
+@pytest.mark.slow
+def test_of_two_real_trainings_the_second_is_refused(stage: Stage) -> None:
+    stage.params(seed=5)
+    known = set(stage.folder.glob(".runs/*.lock"))
+    process = stage.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not any(lock.stat().st_size for lock in set(stage.folder.glob(".runs/*.lock")) - known):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # it holds its run, and Ray has not been started
+        code, output = stage.run("--restart")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert code == 1 and f"running already (process {process.pid} on " in output
+    assert "Traceback" not in output
 
 
 def test_two_runs_do_not_keep_their_checkpoints_at_one_address_at_once(
