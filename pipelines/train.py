@@ -95,7 +95,6 @@ def train(config: Config, params: dict[str, Any], folder: Path, store: Checkpoin
         run.log_inputs([shards.address for shards in opened(config, config.data.train)], context="training")
         run.log_inputs([shards.address for shards in opened(config, (config.data.val,))], context="validation")
         watch = Watch(config, folder, run, SHARDS)
-        watch.refuse_unknown_metric()
         settings = {
             "root": str(Path.cwd()),
             "run_folder": str(folder),

@@ -32,6 +32,9 @@ class Watch:
         folder: of the run; gets history.jsonl and pictures.
         run: the MLflow run.
         shards: folder of the shard folders.
+
+    Raises:
+        ConfigError: the labels do not give the figure by which epochs are compared.
     """
 
     def __init__(self, config: Config, folder: Path, run: Run, shards: Path) -> None:
@@ -40,16 +43,13 @@ class Watch:
         self.bar: Any = None
         self._pictures = list(sample_pictures(open_shards(config, config.data.val, shards), IMAGES_SHOWN))
         self._truth = dataset_truth(open_shards(config, config.data.val, shards), config)
+        crowding = self._truth.crowd_index is not None
+        refuse_unknown_metric(config.evaluate.metric, config.keypoint_set, crowding=crowding)
 
     @property
     def shown_images(self) -> list[int]:
         """Ids of the validation images whose predictions are drawn."""
         return [image_id for image_id, _ in self._pictures]
-
-    def refuse_unknown_metric(self) -> None:
-        """Raise ConfigError where these labels do not give the figure by which epochs are compared."""
-        crowding = self._truth.crowd_index is not None
-        refuse_unknown_metric(self.config.evaluate.metric, self.config.keypoint_set, crowding=crowding)
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Show one event."""

@@ -18,9 +18,11 @@ from train_stage import Stage
 
 from cigpose.config import load_params
 from cigpose.model.estimator import build_model
+from cigpose.schema import ConfigError
 from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.state import influential_params
 from pipelines import results, train
+from pipelines.watch import Watch
 
 HOLDER = """
 import sys
@@ -142,6 +144,15 @@ def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
     assert not trained
     outcome_of(capsys, "--restart")  # the owner has gone
     assert trained == [folder] and not folder.exists()
+
+
+def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
+    stage: Stage, trained: list[Path], tmp_path: Path
+) -> None:
+    stage.params(evaluate__metric="whole/AP_easy")
+    run: Any = None  # nothing is told to MLflow yet
+    with pytest.raises(ConfigError, match=r"evaluate\.metric: 'whole/AP_easy' is not among"):
+        Watch(load_params(), tmp_path, run, Path("data/shards"))
 
 
 @pytest.mark.slow
