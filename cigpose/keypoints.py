@@ -48,7 +48,7 @@ class KeypointSet:
         where = f"keypoint set {self.name!r}"
         if num == 0 or len(set(self.names)) != num:
             raise ValueError(f"{where}: names must be non-empty and unique, got {list(self.names)}.")
-        if len(self.sigmas) != num or min(self.sigmas) <= 0:
+        if len(self.sigmas) != num or not all(0 < sigma < np.inf for sigma in self.sigmas):
             raise ValueError(f"{where}: expected {num} positive sigmas, got {len(self.sigmas)}: {list(self.sigmas)}.")
         if sum(self.annotation_fields.values()) != num:
             raise ValueError(
@@ -138,6 +138,12 @@ class KeypointSet:
             upper_body=indices("upper_body", table.get("upper_body", [])),
             lower_body=indices("lower_body", table.get("lower_body", [])),
         )
+
+
+def parts_with_whole(keypoint_set: KeypointSet) -> dict[str, tuple[int, ...]]:
+    """Part -> keypoints; `whole`, all of them, is added where there are several parts."""
+    parts = dict(keypoint_set.parts)
+    return parts | ({"whole": tuple(range(len(keypoint_set)))} if len(parts) > 1 else {})
 
 
 def _path(*points: int) -> tuple[Edge, ...]:

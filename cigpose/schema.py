@@ -5,15 +5,23 @@ An unknown or missing key, or a value of another type, is an error that names it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+
+LARGEST = 2**63 - 1
+"""Largest whole number of params.yaml."""
+SHOWN = 200
+"""Longest value in a message."""
 
 
 class ConfigError(ValueError):
@@ -50,6 +58,33 @@ def require_name(text: str, where: str, kind: Literal["key", "name", "path"] = "
         pattern.fullmatch(text) is not None and ".." not in re.split("[/:]", text),
         f"{where}: {text!r} cannot be used as a {kind}. Expected {expected}.",
     )
+
+
+def require_between(section: object, least: float, most: float, *names: str, positive: bool = False) -> None:
+    """Raise ValueError unless these fields of a section, and all items of those that are tuples, are in a range.
+
+    Args:
+        section: the dataclass; a field that is None is not looked at.
+        least: first value of the range.
+        most: its last value.
+        names: the fields.
+        positive: leave `least` itself out.
+    """
+    for name in names:
+        value = getattr(section, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is not None and not (least <= item <= most and not (positive and item == least)):
+                expected = f"more than {least} and at most {most}" if positive else f"between {least} and {most}"
+                raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
+
+
+def shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes
+        return f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def from_mapping(cls: type[T], values: Any, path: str = "") -> T:
@@ -109,13 +144,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_union(arguments, value, path)
     if origin is typing.Literal:
         if not any(value == option and type(value) is type(option) for option in arguments):
-            raise ConfigError(f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.")
+            raise ConfigError(f"{path}: {shown(value)} is not one of {', '.join(map(repr, arguments))}.")
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
     if origin in (dict, Mapping) or hint is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: expected a mapping, got {value!r}.")
+            raise ConfigError(f"{path}: expected a mapping, got {shown(value)}.")
         item = arguments[1] if arguments else Any
         return {str(key): _convert(item, element, _join(path, key)) for key, element in value.items()}
     if dataclasses.is_dataclass(hint):
@@ -138,25 +173,24 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{path}: expected a list, got {value!r}.")
+        raise ConfigError(f"{path}: expected a list, got {shown(value)}.")
     if arguments[-1] is Ellipsis:
         hints = [arguments[0]] * len(value)
     elif len(arguments) == len(value):
         hints = list(arguments)
     else:
-        raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}: {list(value)}.")
+        raise ConfigError(f"{path}: expected {len(arguments)} values, got {len(value)}: {shown(list(value))}.")
     return tuple(_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
 
 
 def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, (str, int)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-5 as text; every user means the number.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
+    most = LARGEST if hint is int else sys.float_info.max
+    if hint in (int, float) and isinstance(value, (int, float)) and not abs(value) <= most:  # NaN is not either
+        raise ConfigError(f"{path}: expected a finite number of usual size, got {shown(value)}.")
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}.")
+    raise ConfigError(f"{path}: expected {hint.__name__}, got {shown(value)}.")

@@ -1,6 +1,7 @@
-"""Stage `download`: data/raw/KEY from `data.download.sources.KEY` of params.yaml.
+"""Stages `download`, data/raw/KEY from `data.download.sources.KEY` of params.yaml, and `pretrained`.
 
     python -m pipelines.download KEY
+    python -m pipelines.download pretrained     # data/raw/pretrained: the file that `model.backbone.pretrained` names
 
 Without KEY it is the one whose stage DVC runs. Resumable: kill it and run it again.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cigpose.config import load_params
+from cigpose.config import Config, load_params
 from cigpose.data.download import fetch
+from cigpose.data.sources import TABLE
 from pipelines.member import asked_member
 
 RAW = Path("data/raw")
@@ -26,16 +28,34 @@ def main() -> None:
     """Run the stage; a user's mistake ends it with one sentence and exit status 1."""
     key = asked_member("download", "data.download.sources")
     try:
-        options = load_params().data.download
-        if key not in options.sources:
-            sys.exit(
-                f"params.yaml: data.download.sources has no {key!r}. Known: {', '.join(options.sources) or 'none'}."
-            )
-        fetch(RAW / key, options.sources[key], options, say=say)
+        config = load_params()
+        sources = {**config.data.download.sources, "pretrained": first_weights(config)}
+        if key not in sources:
+            sys.exit(f"params.yaml: data.download.sources has no {key!r}. Known: {', '.join(sources)}.")
+        fetch(RAW / key, sources[key], config.data.download, say=say)
     except (ValueError, FileNotFoundError) as err:
         sys.exit(str(err))
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. Run again: {RAW / key} goes on from where it stopped.")
+
+
+def first_weights(config: Config) -> tuple[str, ...]:
+    """The file to fetch for `model.backbone.pretrained`; none for null, or for a user's own file that is there.
+
+    Raises:
+        FileNotFoundError: the name is not in the download table, and there is no such file.
+    """
+    name = config.model.backbone.pretrained
+    if name is None:
+        return ()
+    if name not in TABLE:
+        if not (RAW / "pretrained" / name).is_file():
+            raise FileNotFoundError(
+                f"model.backbone.pretrained: {name!r} is neither in the download table nor in {RAW}/pretrained. "
+                "Put your file there, or correct the name."
+            )
+        return ()
+    return (name,)
 
 
 if __name__ == "__main__":

@@ -6,27 +6,31 @@ data/plots/                 loss.csv, validation.csv, curves.svg
 
 A run works in .runs/<name>-<hash of what its result depends on>/, which DVC does not touch: the same params go on from
 the last checkpoint, a finished run is only copied out again, other params are another run. `--restart` begins anew.
+
+One process at a time trains a run, or writes to a checkpoint address: the locks lie beside the run's folder. They are
+this project's own: two projects that share an address on S3 do not see one another.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
 import json
-import os
-import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cigpose.config import Config, load_params
 from cigpose.evaluate.checkpoint import open_shards
+from cigpose.files.atomic import claimed
 from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
-from pipelines import cluster, curves, tracking
-from pipelines.lineage import project_root, shards_digest
+from pipelines import cluster, tracking
+from pipelines.lineage import digest_of, file_sha256, project_root, shards_digest
+from pipelines.results import RESULTS, copy_out, forget, is_finished, seal, write_results
 from pipelines.watch import Watch
 
 DATA = Path("data")
@@ -34,35 +38,58 @@ SHARDS = DATA / "shards"
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train, or go on, or copy out; errors are one sentence and exit code 1."""
+    restart = _parse(arguments).restart
     try:
         config = load_params()
-        params = influential_params(config, digests(config))
+        params = influential_params(config, digests(config), pretrained_digest(config))
         folder = run_folder(config, params)
-        store = CheckpointStore(config.train.checkpoint.address or folder / "checkpoints")
-        if "--restart" in sys.argv[1:]:
-            shutil.rmtree(folder, ignore_errors=True)
-            store.clear()
-        if (folder / "DONE").is_file():
-            print(f"{folder}: finished before with these params; its results are taken. --restart trains anew.")
-        else:
-            train(config, params, folder, store)
-        for name in OUTPUTS:
-            put(folder / "results" / name, DATA / name)
+        with alone(config, folder):
+            store = CheckpointStore(config.train.checkpoint.address or folder / "checkpoints")
+            if restart:
+                forget(folder, store)
+            if not is_finished(folder, store):
+                train(config, params, folder, store)
+            for name in OUTPUTS:
+                copy_out(folder / RESULTS / name, DATA / name)
+            metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
     except (cluster.TrainingError, CheckpointError, ValueError, OSError) as err:
         sys.exit(f"train: {err}")
     except KeyboardInterrupt:
         print("train: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
-    metrics = json.loads((DATA / "metrics/train.json").read_text())
     print(f"{config.name}: best epoch {metrics['best_epoch']} of {metrics['epochs']}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--restart", action="store_true", help="forget the run of these params, and train anew")
+    return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def alone(config: Config, folder: Path) -> Iterator[None]:
+    """Hold the run, and its checkpoint address if it has one, for this process.
+
+    Raises:
+        ClaimedError: another process trains it, or keeps its checkpoints there.
+    """
+    with contextlib.ExitStack() as claims:
+        claims.enter_context(claimed(folder.with_name(f"{folder.name}.lock"), "a training of this run"))
+        if address := config.train.checkpoint.address:
+            lock = folder.with_name(f"checkpoints-{digest_of(address.rstrip('/'))}.lock")
+            claims.enter_context(claimed(lock, f"a training with its checkpoints at {address}"))
+        yield
 
 
 def train(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
-    if config.model.backbone.pretrained and not (path := pretrained_path(config, Path.cwd())).is_file():
-        raise FileNotFoundError(f"{path}: not found. `dvc repro download` fetches the backbone's first weights.")
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.start_run(config, kind="train", run_folder=folder) as run:
         run.log_inputs([shards.address for shards in opened(config, config.data.train)], context="training")
@@ -79,34 +106,10 @@ def train(config: Config, params: dict[str, Any], folder: Path, store: Checkpoin
             result = cluster.train(config, settings, watch.on_event)
         finally:
             watch.close()
-        write_results(config, result, store, folder / "results", run)
-    (folder / "DONE").write_text(run.run_id + "\n")
+        write_results(config, result, store, folder / RESULTS, run)
+    seal(folder, run.run_id)
     if config.train.checkpoint.address is None:
         store.clear()  # nothing will go on from them
-
-
-def write_results(config: Config, result: dict[str, Any], store: CheckpointStore, folder: Path, run: Any) -> None:
-    """The stage's outputs, laid out in `folder` as below data/."""
-    best, history = result["best"], result["history"]
-    store.fetch(result["weights"], folder / "model" / "model.safetensors")
-    (folder / "model" / "params.yaml").write_text(yaml.safe_dump(config.to_mapping(), sort_keys=False))
-    facts = {
-        "run_id": run.run_id,
-        "name": config.name,
-        "epochs": config.train.epochs,
-        "steps": result["step"],
-        "best_epoch": best["epoch"],
-        "metric": best["metric"],
-        "best_metric": best["value"],
-        "learning_rate": config.train.resolved_learning_rate,
-    }
-    (folder / "model" / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
-    curves.write_metrics(config, result, folder / "metrics" / "train.json")
-    curves.write_loss(history, folder / "plots" / "loss.csv")
-    curves.write_validation(history, best["metric"], folder / "plots" / "validation.csv")
-    curves.write_curves(config, history, folder / "plots" / "curves.svg")
-    run.log_metrics({"best/epoch": best["epoch"], f"best/{best['metric']}": best["value"]}, step=result["step"])
-    run.log_artifact(folder / "plots" / "curves.svg")
 
 
 def run_folder(config: Config, params: dict[str, Any]) -> Path:
@@ -129,17 +132,18 @@ def digests(config: Config) -> dict[str, str]:
     }
 
 
-def put(source: Path, target: Path) -> None:
-    """Copy a file or folder to `target`, whole or not at all; what is there may be a link into DVC's cache."""
-    partial = target.with_name(f".{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    if source.is_dir():
-        shutil.copytree(source, partial)
-        shutil.rmtree(target, ignore_errors=True)
-    else:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+def pretrained_digest(config: Config) -> str | None:
+    """Sha256 of the backbone's first weights; None where it starts from random ones.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+    """
+    if config.model.backbone.pretrained is None:
+        return None
+    path = pretrained_path(config, Path.cwd())
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found. `dvc repro pretrained` fetches the backbone's first weights.")
+    return file_sha256(path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from cigpose.config import Config
+from cigpose.config.outcome import refuse_unknown_metric
 from cigpose.draw import draw_poses
 from cigpose.evaluate.checkpoint import dataset_truth, open_shards, sample_pictures
 from cigpose.evaluate.report import contact_sheets
@@ -31,6 +32,9 @@ class Watch:
         folder: of the run; gets history.jsonl and pictures.
         run: the MLflow run.
         shards: folder of the shard folders.
+
+    Raises:
+        ConfigError: the labels do not give the figure by which epochs are compared.
     """
 
     def __init__(self, config: Config, folder: Path, run: Run, shards: Path) -> None:
@@ -39,6 +43,8 @@ class Watch:
         self.bar: Any = None
         self._pictures = list(sample_pictures(open_shards(config, config.data.val, shards), IMAGES_SHOWN))
         self._truth = dataset_truth(open_shards(config, config.data.val, shards), config)
+        crowding = self._truth.crowd_index is not None
+        refuse_unknown_metric(config.evaluate.metric, config.keypoint_set, crowding=crowding)
 
     @property
     def shown_images(self) -> list[int]:

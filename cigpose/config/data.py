@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require, require_name
+from cigpose.schema import LARGEST, require, require_between, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,14 +24,15 @@ class DownloadConfig:
     """File -> Google Drive id, for files handed out personally (UBody)."""
 
     def __post_init__(self) -> None:
-        for name in ("parallel_files", "timeout_s", "max_attempts"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
         for key, files in self.sources.items():
             require_name(key, "sources")
             for file in files:
                 require_name(file, f"sources.{key}", "path")
         for file in self.drive_ids:
             require_name(file, "drive_ids", "path")
+        require_between(self, 1, 64, "parallel_files")
+        require_between(self, 0, 86400, "timeout_s", positive=True)
+        require_between(self, 1, 1000, "max_attempts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +63,15 @@ class RenderConfig:
     jpeg_quality: int = 92
 
     def __post_init__(self) -> None:
-        require(self.num_images > 0, f"num_images must be positive, got {self.num_images}.")
-        require(min(self.image_size) >= 64, f"image_size must be at least 64 x 64, got {self.image_size}.")
-        require(self.max_persons >= 1, f"max_persons must be 1 or more, got {self.max_persons}.")
+        require_between(self, 0, LARGEST, "seed")
+        require_between(self, 1, 10_000_000, "num_images")
+        require(
+            min(self.image_size) >= 64 and max(self.image_size) <= 8192,
+            f"image_size must be at least 64 x 64 and at most 8192 x 8192, got {self.image_size}.",
+        )
+        require_between(self, 1, 100, "max_persons", "jpeg_quality")
         shares = ("clutter", "turn", "bent_legs", "close_ups", "occlusion", "spurious_context", "context", "hide_arm")
-        for name in shares:
-            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        require_between(self, 0, 1, *shares)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +105,7 @@ class DatasetConfig:
         for name in ("raw", "images", "annotations", "detections", "split_file"):
             if (path := getattr(self, name)) is not None:
                 require_name(path, name, "path")
-        require(self.frame_interval >= 1, f"frame_interval must be 1 or more, got {self.frame_interval}.")
+        require_between(self, 1, 1_000_000, "frame_interval")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,10 +123,10 @@ class ShardingConfig:
     """0: one per core, fewer where there is little to copy."""
 
     def __post_init__(self) -> None:
-        require(self.images_per_shard >= 1, f"images_per_shard must be 1 or more, got {self.images_per_shard}.")
-        require(1 <= self.jpeg_quality <= 100, f"jpeg_quality must be between 1 and 100, got {self.jpeg_quality}.")
-        require(0 <= self.max_bad_share <= 1, f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
-        require(self.processes >= 0, f"processes must be 0 or more, got {self.processes}.")
+        require_between(self, 1, 1_000_000, "images_per_shard")
+        require_between(self, 1, 100, "jpeg_quality")
+        require_between(self, 0, 1, "max_bad_share")
+        require_between(self, 0, 1024, "processes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cigpose.config.data import DataConfig
+from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
-from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig
+from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
 from cigpose.config.training import AugmentationConfig, TrainConfig
 from cigpose.keypoints import KeypointSet, keypoint_set
-from cigpose.schema import ConfigError, from_mapping, require_name, to_mapping
+from cigpose.schema import LARGEST, ConfigError, from_mapping, require_between, require_name, to_mapping
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -40,10 +39,15 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what no single section can see."""
         require_name(self.name, "name", "name")
+        require_between(self, 0, LARGEST, "seed")
         try:
             keypoints = self.keypoint_set
         except ValueError as err:
             raise ConfigError(str(err)) from err
+        except (TypeError, AttributeError) as err:
+            raise ConfigError(f"keypoints: not a table of keypoints ({err}). See `KeypointSet.from_mapping`.") from err
+        # whether the labels tell crowds is known later
+        refuse_unknown_metric(self.evaluate.metric, keypoints, crowding=True)
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self.model.causal, name)
             if value > len(keypoints):
@@ -79,11 +83,9 @@ def load_params(path: str | Path = "params.yaml") -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found. `cigpose use quickstart` writes it.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{path}: not valid yaml: {err}") from err
-    try:
-        return config_from_mapping(values)
+        return config_from_mapping(read_yaml(path.read_text(encoding="utf-8")))
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path}: is not UTF-8 text ({err.reason} at byte {err.start}).") from err
     except ConfigError as err:
         raise ConfigError(f"{path}: {err}") from err
 
@@ -110,4 +112,4 @@ def load_preset(name: str) -> Config:
     Raises:
         ConfigError: there is no such preset.
     """
-    return config_from_mapping(yaml.safe_load(preset_text(name)))
+    return config_from_mapping(read_yaml(preset_text(name)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require, require_name
+from cigpose.schema import require, require_between, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +23,9 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if self.pretrained is not None:
             require_name(self.pretrained, "pretrained", "path")
+        require_between(self, 0.0625, 8, "widen_factor")
+        require_between(self, 0, 8, "deepen_factor", positive=True)
+        require_between(self, 0.125, 4, "expand_ratio")
         require(self.out_stage in (2, 3, 4), f"out_stage must be 2, 3 or 4, got {self.out_stage}.")
 
 
@@ -34,6 +37,10 @@ class SimCCConfig:
     """Width of the label over the bins of x and y."""
     split_ratio: float = 2.0
     """Bins per crop pixel."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 1000, "sigma", positive=True)
+        require_between(self, 0.1, 16, "split_ratio")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +55,12 @@ class HeadConfig:
     """Size of the GAU's shared query/key."""
     gau_expansion: int = 2
     final_kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        require_between(self, 1, 8192, "hidden", "gau_s")
+        require_between(self, 1, 16, "gau_expansion")
+        require_between(self, 1, 63, "final_kernel_size")
+        require(self.final_kernel_size % 2 == 1, f"final_kernel_size must be odd, got {self.final_kernel_size}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +81,7 @@ class CausalConfig:
     def __post_init__(self) -> None:
         for name in ("train_top_k", "eval_top_k"):
             require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}.")
+        require_between(self, 0, 1_000_000, "counterfactual_weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +89,9 @@ class HGNNConfig:
     """Hierarchical graph network (paper section 3.3)."""
 
     num_layers: int = 1
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 64, "num_layers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +111,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         stride = 2 ** (self.backbone.out_stage + 1)
         require(
-            all(side > 0 and side % stride == 0 for side in self.input_size),
-            f"input_size must be multiples of {stride}, the backbone's stride, got {list(self.input_size)}.",
+            all(0 < side <= 4096 and side % stride == 0 for side in self.input_size),
+            f"input_size must be multiples of {stride}, the backbone's stride, and at most 4096, "
+            f"got {list(self.input_size)}.",
         )
+        require_between(self, 0, 1_000_000, "loss_beta", positive=True)

@@ -2,8 +2,49 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from cigpose.keypoints import KeypointSet, parts_with_whole
+from cigpose.schema import ConfigError, require_between
+
+FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
+"""pycocotools' ten figures, in its order. -1 where there is nothing to measure."""
+
+CROWDING = {"AP_easy": (0.0, 0.2), "AP_medium": (0.2, 0.8), "AP_hard": (0.8, math.inf)}
+"""Figures over images of a degree of crowding, which labels with a crowdIndex add."""
+
+
+def metric_names(keypoint_set: KeypointSet, *, crowding: bool) -> list[str]:
+    """What an evaluation of this set gives, `<part>/<figure>`.
+
+    Args:
+        keypoint_set: its parts.
+        crowding: whether the labels' images have a crowdIndex.
+    """
+    figures = [*FIGURES, *(CROWDING if crowding else ())]
+    names = [f"{part}/{figure}" for part in parts_with_whole(keypoint_set) for figure in figures]
+    has_hands = {"left_hand", "right_hand"} <= keypoint_set.parts.keys()
+    return names + (["hand/AP", "hand/AR"] if has_hands else [])
+
+
+def refuse_unknown_metric(name: str, keypoint_set: KeypointSet, *, crowding: bool) -> None:
+    """See that an evaluation gives the figure `name` (arguments: see `metric_names`).
+
+    Raises:
+        ConfigError: it does not.
+    """
+    known = metric_names(keypoint_set, crowding=crowding)
+    if name not in known:
+        spellings = {figure.lower(): figure for figure in known}
+        near = difflib.get_close_matches(name.lower(), spellings, n=1)
+        hint = f"Did you mean {spellings[near[0]]!r}?" if near else "Choose one of these."
+        raise ConfigError(
+            f"evaluate.metric: {name!r} is not among what the evaluation of {keypoint_set.name!r} gives: "
+            f"{', '.join(known)}. {hint}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +65,11 @@ class EvaluateConfig:
     metric: str = "whole/AP"
     """The one number by which checkpoints and models are compared."""
 
+    def __post_init__(self) -> None:
+        require_between(self, 1, 100_000, "batch")
+        require_between(self, 0, 1000, "keypoint_score_threshold")
+        require_between(self, 0, 1, "oks_nms_threshold")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegistryConfig:
@@ -39,6 +85,10 @@ class RegistryConfig:
     pictures: int = 16
     """Sample predictions logged with the model."""
 
+    def __post_init__(self) -> None:
+        require_between(self, 0, 1, "margin")
+        require_between(self, 1, 10_000, "pictures")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedConfig:
@@ -50,3 +100,7 @@ class PublishedConfig:
     """Where the figure stands."""
     gflops: float | None = None
     """Multiply-adds of one forward pass, in billions."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 100, "ap")
+        require_between(self, 0, 1_000_000, "gflops", positive=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require
+from cigpose.schema import LARGEST, require, require_between
+
+LONGEST = 100_000
+"""Most epochs: the rate of every step is computed before the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +32,18 @@ class AugmentationStage:
     dropout_size: tuple[float, float] = (0.2, 0.4)
     """Smallest and largest side of the dropped rectangle, as a share of the crop's side."""
 
+    def __post_init__(self) -> None:
+        chances = ("flip", "half_body", "shift", "scale", "rotate", "blur", "median_blur", "dropout")
+        require_between(self, 0, 1, *(f"{chance}_prob" for chance in chances))
+        require_between(self, 0, 10, "shift_factor")
+        require_between(self, 0.01, 100, "scale_range")
+        require_between(self, 0, 360, "rotate_degrees")
+        require_between(self, 0, 255, "hsv_delta")
+        require_between(self, 0, 1, "dropout_size", positive=True)
+        for name in ("scale_range", "dropout_size"):
+            low, high = getattr(self, name)
+            require(low <= high, f"{name} must be [smallest, largest], got [{low}, {high}].")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentationConfig:
@@ -40,6 +55,10 @@ class AugmentationConfig:
     """First epoch (from 0) of stage 2."""
     box_padding: float = 1.25
     """Crop size over box size, in training and evaluation."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, LARGEST, "stage2_from_epoch")
+        require_between(self, 0.1, 10, "box_padding")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +72,8 @@ class CosineConfig:
 
     def __post_init__(self) -> None:
         require(self.end_epoch > self.begin_epoch >= 0, f"end_epoch must follow begin_epoch, got {self}.")
+        require_between(self, 0, LONGEST, "begin_epoch", "end_epoch")
+        require_between(self, 0, 1_000_000, "final_factor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +83,10 @@ class ScheduleConfig:
     warmup_steps: int
     warmup_start_factor: float = 1e-5
     cosines: tuple[CosineConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, LARGEST, "warmup_steps")
+        require_between(self, 0, 1, "warmup_start_factor", positive=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +103,12 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad_norm: float | None = 35.0
 
+    def __post_init__(self) -> None:
+        require_between(self, 0, 1e38, "learning_rate", "clip_grad_norm", positive=True)
+        require_between(self, 1, LARGEST, "learning_rate_batch")
+        require_between(self, 0, 1_000_000, "weight_decay")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas must be 0 or more and below 1, got {self.betas}.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EMAConfig:
@@ -87,6 +118,10 @@ class EMAConfig:
     momentum: float = 0.0002
     gamma: float = 2000.0
     """Updates over which the momentum decays from 1."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 1, "momentum")
+        require_between(self, 0, 1e12, "gamma", positive=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +134,11 @@ class CheckpointConfig:
     keep: int = 2
     address: str | None = None
     """Folder or fsspec address (s3://...); null: .runs/ beside params.yaml."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 1, LARGEST, "every_steps")
+        require_between(self, 0, 1_000_000, "every_minutes")
+        require_between(self, 1, 1_000_000, "keep")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +159,11 @@ class LoaderConfig:
     scaled_decode: bool = False
     """Decode large pictures at 1/2, 1/4 or 1/8 where the crop is smaller still. Changes pixels."""
 
+    def __post_init__(self) -> None:
+        require_between(self, 0, 1024, "processes")
+        require_between(self, 0, 10_000_000, "shuffle_buffer")
+        require_between(self, 1, 10_000, "prefetch_batches", "open_shards")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
@@ -132,6 +177,12 @@ class ClusterConfig:
     """Times Ray restarts dead workers from the last checkpoint."""
     min_workers: int | None = None
     """Go on with fewer workers, down to this, when a node is lost; null: wait for it to return."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 1, 100_000, "num_workers")
+        require_between(self, 1, self.num_workers, "min_workers")
+        require_between(self, 1, 1024, "threads_per_worker")
+        require_between(self, 0, 1_000_000, "max_failures")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +211,9 @@ class TrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        require_between(self, 1, LONGEST, "epochs")
+        require_between(self, 1, 1_000_000, "batch_total", "loss_batch", "accumulate_steps")
+        require_between(self, 1, LARGEST, "validate_every_epochs", "log_every_steps")
         shares = self.cluster.num_workers * self.accumulate_steps
         require(
             self.batch_total > 0 and self.batch_total % shares == 0,

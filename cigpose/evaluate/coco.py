@@ -25,16 +25,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cigpose.config import EvaluateConfig
+from cigpose.config.outcome import CROWDING, FIGURES
 from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth
 from cigpose.evaluate.oks import select_persons
 from cigpose.evaluate.predictions import Predictions
-from cigpose.keypoints import KeypointSet
-
-FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
-"""pycocotools' ten figures, in its order. -1 where there is nothing to measure."""
+from cigpose.keypoints import KeypointSet, parts_with_whole
 
 MAX_PERSONS_PER_IMAGE = 20
-_CROWDING = {"AP_easy": (0.0, 0.2), "AP_medium": (0.2, 0.8), "AP_hard": (0.8, np.inf)}
 _COORDINATE_DECIMALS = 4
 _SCORE_DECIMALS = 6
 
@@ -81,12 +78,6 @@ def evaluate_predictions(
         metrics |= {f"{part}/{name}": float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
         metrics |= {f"{part}/{name}": value for name, value in _by_crowding(scored, truth, keypoint_set, members)}
     return metrics | _hand_means(metrics)
-
-
-def parts_with_whole(keypoint_set: KeypointSet) -> dict[str, tuple[int, ...]]:
-    """Part -> keypoints; `whole`, all of them, is added where there are several parts."""
-    parts = dict(keypoint_set.parts)
-    return parts | ({"whole": tuple(range(len(keypoint_set)))} if len(parts) > 1 else {})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -254,7 +245,7 @@ def _by_crowding(
     """AP over the images of each degree of crowding; like upstream's a plain mean, -1 entries included."""
     if (crowding := truth.crowd_index) is None:
         return
-    for name, (low, high) in _CROWDING.items():
+    for name, (low, high) in CROWDING.items():
         image_ids = [image_id for image_id, value in crowding.items() if low <= value < high]
         run = run_part(scored, truth, keypoint_set, members, image_ids)
         yield name, float(run.eval["precision"][:, :, 0, 0, 0].mean())

@@ -13,12 +13,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from cigpose.config.outcome import FIGURES
 from cigpose.draw import draw_poses, label_picture
 from cigpose.evaluate.charts import bars_svg, histogram_svg
-from cigpose.evaluate.coco import FIGURES, parts_with_whole
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predictions import Predictions
-from cigpose.keypoints import KeypointSet
+from cigpose.keypoints import KeypointSet, parts_with_whole
 
 PCK_DISTANCES = (0.02, 0.05, 0.1)
 """Of the larger side of the annotated box."""

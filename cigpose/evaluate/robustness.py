@@ -24,11 +24,11 @@ import torch
 from cigpose.config import Config, EvaluateConfig
 from cigpose.data.loader import eval_loader
 from cigpose.evaluate.checkpoint import Evaluation
-from cigpose.evaluate.coco import evaluate_predictions, parts_with_whole, run_part, score_persons
+from cigpose.evaluate.coco import evaluate_predictions, run_part, score_persons
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
-from cigpose.keypoints import KeypointSet
+from cigpose.keypoints import KeypointSet, parts_with_whole
 from cigpose.model.weights import load_checkpoint
 
 Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]

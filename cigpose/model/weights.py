@@ -121,8 +121,12 @@ def save_weights(
         state_dict: tensors on any device.
         config: the experiment, stored as JSON in the file's metadata under `config`.
         extra: more metadata, e.g. `{"epoch": "12"}`.
+
+    Raises:
+        CheckpointError: a number of them is NaN or infinite; nothing is written.
     """
     path = Path(path)
+    refuse_non_finite(state_dict, path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     metadata = {**(extra or {}), CONFIG_KEY: json.dumps(config.to_mapping(), sort_keys=True)}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -202,7 +206,7 @@ def load_weights(model: CIGPose | RTMPose, state_dict: Mapping[str, Tensor], sou
         source: where they come from, for messages.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape; all of them are listed.
+        CheckpointError: a tensor is missing, unexpected, of another shape or not finite; all of them are listed.
     """
     own = model.state_dict()
     dead = {key for key in own if isinstance(model, CIGPose) and key.startswith(DEAD_PREFIXES)}
@@ -235,6 +239,15 @@ def load_backbone(model: CIGPose | RTMPose, path: str | Path) -> None:
     _copy(own, found, path, optional=set(), name=f"the backbone of {model.config.name}")
 
 
+def refuse_non_finite(state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise CheckpointError if a number in `state_dict`, which is that of `source`, is NaN or infinite."""
+    if broken := [key for key, value in state_dict.items() if not bool(torch.isfinite(value).all())]:
+        raise CheckpointError(
+            f"{source}: {len(broken)} of {len(state_dict)} tensors hold numbers that are not finite: "
+            f"{_listed(broken, 3)}. The training has diverged, or the file is damaged; take an earlier one."
+        )
+
+
 @torch.no_grad()
 def _copy(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str | Path, *, optional: set[str], name: str
@@ -250,5 +263,6 @@ def _copy(
     complaints = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if found := [f"{len(names)} {what}: {_listed(names)}" for what, names in complaints.items() if names]:
         raise CheckpointError(f"{source}: not the weights of {name}. {'; '.join(found)}.")
+    refuse_non_finite(given, source)
     for key, value in given.items():
         own[key].copy_(value)

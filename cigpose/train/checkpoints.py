@@ -7,12 +7,14 @@
             complete.json       size and sha256 of the two; written last
         weights-000001000.safetensors
 
-A checkpoint without complete.json, or whose files have other sizes, does not exist: a half-written one is never picked.
-On a local disk a checkpoint is also written under another name and renamed when whole.
+A checkpoint without complete.json does not exist: a half-written one is never picked. One whose files are not what its
+complete.json says was damaged later, and is passed over with a warning; where no other is left, nothing starts anew by
+itself. On a local disk a checkpoint is also written under another name and renamed when whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -31,6 +33,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cigpose.data.remote import S3_ENDPOINTS
+from cigpose.files.atomic import replace_folder, sync
 
 STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "complete.json"
 
@@ -108,8 +111,11 @@ class CheckpointStore:
         """Tensors (on the CPU) and values of a checkpoint.
 
         Raises:
-            CheckpointError: a file does not have the size and sha256 that the manifest states.
+            CheckpointError: a file is missing, or does not have the size and sha256 that the manifest states.
         """
+        for file in (STATE, VALUES):
+            if not self._files.exists(f"{self._root}/{name}/{file}"):
+                raise CheckpointError(f"{self.address}/{name}: {file} is missing, though {MANIFEST} is there.")
         with tempfile.TemporaryDirectory(prefix="cigpose-") as scratch:
             folder = Path(self._root) / name
             if not self._is_local:
@@ -130,20 +136,26 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, and all of them are damaged.
         """
         names = self.names()
-        for name in reversed(names):
+        faults: list[str] = []
+        published = [name for name in self._published() if name >= max(names, default="")]
+        for name in sorted({*names, *published}, reverse=True):
             try:
                 return name, *self.load(name)
-            except (CheckpointError, OSError, ValueError, safetensors.SafetensorError) as err:
+            except (CheckpointError, OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
                 warnings.warn(f"{self.address}/{name} is damaged and passed over: {err}", stacklevel=2)
-        if names:
-            raise CheckpointError(f"{self.address}: all {len(names)} checkpoints are damaged. --restart begins anew.")
+                faults.append(f"{name}: {err}")
+        if faults:
+            raise CheckpointError(
+                f"{self.address}: all {len(faults)} checkpoints are damaged ({faults[0]}). Copy one back from where it "
+                "is whole; --restart begins anew."
+            )
         return None
 
     def clear(self) -> None:
         """Remove every checkpoint, whole or not, and their weights."""
         for name in self._entries():
-            if re.fullmatch(r"\.?(step-\d+|weights-\d+\.safetensors)(\.partial-\w+)?", name):
-                self._files.rm(f"{self._root}/{name}", recursive=True)
+            if re.fullmatch(r"\.?(step-\d+|weights-\d+\.safetensors)(\.partial-\w+|\.\w+\.old)?", name):
+                self._remove(name)
 
     def _entries(self) -> list[str]:
         self._files.invalidate_cache()
@@ -151,6 +163,11 @@ class CheckpointStore:
             return [Path(entry).name for entry in self._files.ls(self._root, detail=False)]
         except FileNotFoundError:
             return []
+
+    def _published(self) -> list[str]:
+        """Names of the checkpoints that were whole once: those with a manifest."""
+        steps = (name for name in self._entries() if re.fullmatch(r"step-\d+", name))
+        return [name for name in steps if self._files.exists(f"{self._root}/{name}/{MANIFEST}")]
 
     def _is_whole(self, name: str) -> bool:
         try:
@@ -198,25 +215,26 @@ class CheckpointStore:
         for name in self._entries():
             is_old = re.fullmatch(r"step-\d+", name) and name < kept[0]
             is_unnamed = re.fullmatch(r"weights-\d+\.safetensors", name) and name not in named
-            if is_old or is_unnamed or re.match(r"\.(step|weights)-.*\.partial-", name):
-                self._files.rm(f"{self._root}/{name}", recursive=True)
+            if is_old or is_unnamed or re.match(r"\.(step|weights)-.*(\.partial-|\.old$)", name):
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a checkpoint or file; the manifest first, so that half a removal leaves what does not exist."""
+        manifest = f"{self._root}/{name}/{MANIFEST}"
+        if self._files.exists(manifest):
+            self._files.rm(manifest)
+        with contextlib.suppress(FileNotFoundError):  # a folder of an object store goes with its last file
+            self._files.rm(f"{self._root}/{name}", recursive=True)
 
 
 def _publish_locally(made: Path, target: Path) -> None:
     for path in [*made.iterdir(), made] if made.is_dir() else [made]:
-        _sync(path)
+        sync(path)
     if target.is_dir():  # the same step again, after a resume
-        shutil.rmtree(target)
-    os.replace(made, target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        replace_folder(made, target)
+    else:
+        os.replace(made, target)
+        sync(target.parent)
 
 
 def _facts(path: Path) -> dict[str, Any]:

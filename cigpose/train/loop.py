@@ -107,13 +107,18 @@ class _Training:
         self.rates = learning_rates(
             config.train.resolved_learning_rate, config.train.schedule, self.steps_per_epoch, config.train.epochs
         )
-        self.last_checkpoint: int | None = self.state.step if self.resumed else None
+        self.last_checkpoint: tuple[int, int, int] | None = self._mark if self.resumed else None
         self.last_checkpoint_time = time.monotonic()
 
     @property
     def _position(self) -> int:
         """Place of the coming step in the run. Not `step`: a run that lost a node may have made other epochs."""
         return self.state.epoch * self.steps_per_epoch + self.state.step_in_epoch
+
+    @property
+    def _mark(self) -> tuple[int, int, int]:
+        """What a checkpoint would say of the progress: the end of an epoch is not the step before it."""
+        return self.state.epoch, self.state.step_in_epoch, self.state.step
 
     def run(self) -> Record:
         """Train to the end."""
@@ -139,7 +144,9 @@ class _Training:
     def _run_epoch(self) -> None:
         state, train, device = self.state, self.config.train, self.place.device
         meter = Meter(device)
-        loader = self._loader(state.epoch, state.step_in_epoch * train.accumulate_steps)
+        loader = self._loader(
+            state.epoch, first_batch(state.step_in_epoch, self.steps_per_epoch, train.accumulate_steps)
+        )
         for batches in self._steps(loader, meter):
             if self.is_first and meter.is_fresh:
                 self._show_crops(batches[0])
@@ -214,7 +221,7 @@ class _Training:
 
     def _save_checkpoint(self) -> None:
         state = self.state
-        if self.last_checkpoint == state.step:
+        if self.last_checkpoint == self._mark:
             return
         generators = workers.gather(random_state())
         if generators is not None:
@@ -223,7 +230,7 @@ class _Training:
             values |= {"params": self.place.params, "random": generators}
             name = self.place.store.save(state.step, {key: t.cpu() for key, t in tensors.items()}, values)
             self.listener.on_checkpoint(name)
-        self.last_checkpoint, self.last_checkpoint_time = state.step, time.monotonic()
+        self.last_checkpoint, self.last_checkpoint_time = self._mark, time.monotonic()
 
     def _restore(self) -> bool:
         """Take over the newest checkpoint that is whole; whether there was one."""
@@ -238,6 +245,11 @@ class _Training:
         if rank < len(values["random"]):
             set_random_state(values["random"][rank])
         return True
+
+
+def first_batch(step_in_epoch: int, steps_per_epoch: int, accumulate_steps: int) -> int:
+    """Where an epoch is entered. Other workers than those before may have made more steps of it than there are now."""
+    return min(step_in_epoch, steps_per_epoch) * accumulate_steps
 
 
 def chosen_metric(metrics: Mapping[str, float], name: str) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cigpose.config import Config
+from cigpose.model.weights import refuse_non_finite
 from cigpose.train.checkpoints import CheckpointError
 from cigpose.train.optim import EMA
 
@@ -96,9 +97,10 @@ class TrainState:
         """Take over what `state_dict` gave.
 
         Raises:
-            CheckpointError: a tensor is missing or has another shape.
+            CheckpointError: a tensor is missing, has another shape, or is not finite.
         """
         try:
+            refuse_non_finite({key: t for key, t in tensors.items() if key.startswith(("model.", "ema."))}, "weights")
             self.model.load_state_dict(_under("model.", tensors))
             if self.ema is not None:
                 self.ema.module.load_state_dict(_under("ema.", tensors))
@@ -107,6 +109,8 @@ class TrainState:
             self.scaler.load_state_dict(values["scaler"])
         except (RuntimeError, KeyError) as err:
             raise CheckpointError(f"the checkpoint does not fit this model: {err}. --restart begins anew.") from err
+        except ValueError as err:
+            raise CheckpointError(f"the checkpoint cannot be gone on from: {err} --restart begins anew.") from err
         for key in ("epoch", "step_in_epoch", "step", "best", "weights", "history"):
             setattr(self, key, values[key])
 
@@ -160,18 +164,20 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def influential_params(config: Config, shards: Mapping[str, str]) -> dict[str, Any]:
+def influential_params(config: Config, shards: Mapping[str, str], pretrained: str | None = None) -> dict[str, Any]:
     """What the result of a training depends on: `{path of the key: value}`.
 
     Args:
         config: the experiment.
         shards: dataset -> digest of its shards, for the datasets trained and validated on.
+        pretrained: digest of the backbone's first weights; None if it starts from random ones.
     """
     values = config.to_mapping()
     flat = _flatten({section: values[section] for section in INFLUENTIAL}, "")
     flat = {key: value for key, value in flat.items() if not key.startswith(HARMLESS)}
     flat["data.train"], flat["data.val"] = values["data"]["train"], values["data"]["val"]
-    return flat | {f"shards.{name}": digest for name, digest in shards.items()}
+    flat |= {f"shards.{name}": digest for name, digest in shards.items()}
+    return flat if pretrained is None else flat | {"pretrained.sha256": pretrained}
 
 
 def refuse_changed_params(saved: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:

@@ -46,7 +46,7 @@ def experiment(keypoints: str, **sharding: Any) -> Config:
     base = load_preset("quickstart")
     people = DatasetConfig(raw=".", reader="coco", images="images.zip", annotations=f"{keypoints}.json")
     data = replace(base.data, datasets={**base.data.datasets, "people": people}, sharding=ShardingConfig(**sharding))
-    return replace(base, data=data, keypoints=keypoints)
+    return replace(base, data=data, keypoints=keypoints, evaluate=replace(base.evaluate, metric="body/AP"))
 
 
 def make_zip(path: Path, images: int) -> int:

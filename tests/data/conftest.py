@@ -161,7 +161,8 @@ class Sharder:
             sharding=ShardingConfig(**{"processes": 1, **(sharding or {})}),
         )
         model = replace(base.model, causal=CausalConfig(train_top_k=1))
-        return replace(base, data=data, model=model, keypoints=keypoints)
+        evaluate = replace(base.evaluate, metric="body/AP")  # which every set has
+        return replace(base, data=data, model=model, keypoints=keypoints, evaluate=evaluate)
 
     def __call__(self, raw: Path, **options: Any) -> ShardIndex:
         return write_dataset(self.config(**options), "people", raw, self.root)

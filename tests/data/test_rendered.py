@@ -368,9 +368,9 @@ def test_any_picture_size_works(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("num_images", 0, "num_images must be positive"),
+        ("num_images", 0, "num_images must be between 1 and"),
         ("image_size", (400, 32), "image_size must be at least 64 x 64"),
-        ("max_persons", 0, "max_persons must be 1 or more"),
+        ("max_persons", 0, "max_persons must be between 1 and"),
         ("context", 1.5, "context must be between 0 and 1"),
         ("hide_arm", -0.1, "hide_arm must be between 0 and 1"),
     ],

@@ -15,6 +15,7 @@ import pytest
 from pycocotools.cocoeval import COCOeval
 
 from cigpose.config import EvaluateConfig
+from cigpose.config.outcome import metric_names
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import COCO, COCO_WHOLEBODY, CROWDPOSE, KeypointSet
@@ -77,6 +78,7 @@ def agree(metrics: dict[str, float], part: str, expected: dict[str, float], tole
 
 def test_every_figure_of_every_part_equals_the_reference(case: Case) -> None:
     metrics = evaluate_predictions(case.predictions, case.truth, case.keypoint_set, case.config)
+    assert set(metrics) == set(metric_names(case.keypoint_set, crowding=case.keypoint_set.name == "crowdpose"))
     for part, expected in case.expected["stats"].items():
         agree(metrics, part, expected)
     main = "whole" if len(case.keypoint_set.parts) > 1 else "body"

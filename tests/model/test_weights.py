@@ -113,6 +113,24 @@ def test_a_configuration_of_another_version_is_refused_with_the_key(tmp_path, mo
         cigpose.load_checkpoint(path)
 
 
+def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, config, model):
+    path = tmp_path / "model.safetensors"
+    weights.save_weights(path, model.state_dict(), config)
+    whole = path.read_bytes()
+    numbers = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    broken = {**model.state_dict(), **{key: torch.full_like(value, torch.nan) for key, value in numbers.items()}}
+    with pytest.raises(CheckpointError, match="tensors hold numbers that are not finite"):
+        weights.save_weights(path, broken, config)
+    assert path.read_bytes() == whole
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    safetensors.torch.save_file({key: value.contiguous() for key, value in broken.items()}, path, metadata)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: \d+ of \d+ tensors hold numbers that are not finite"
+    ):
+        cigpose.load_checkpoint(path)
+
+
 def test_a_missing_file_says_so(tmp_path, config):
     for name in ("no.safetensors", "no.pth"):
         with pytest.raises(FileNotFoundError, match=rf"{name}: not found"):

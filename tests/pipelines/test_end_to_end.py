@@ -102,7 +102,6 @@ def test_real_photographs_from_their_archives_to_a_registered_model(tmp_path: Pa
         "train.cluster.num_workers": "1",
         "train.loader.processes": "0",
         "model.backbone.pretrained": "null",
-        "data.download.sources.pretrained": "[]",
     }
     flags = [part for key, value in overrides.items() for part in ("-S", f"{key}={value}")]
     project.run("dvc", "exp", "run", *flags)
@@ -124,7 +123,6 @@ def test_the_real_training_people_are_learnt_by_heart(tmp_path: Path, mirror: st
     epochs = 240  # of one step: there are eight people
     project.change(
         data__download__mirror=mirror,
-        data__download__sources__pretrained=[],
         data__val="coco-wholebody-train",
         augmentation__stage1={**small["augmentation"]["stage1"], **still},
         model__causal__train_top_k=1,  # as many as are replaced at evaluation

@@ -82,6 +82,21 @@ def test_when_all_are_damaged_nothing_starts_anew_by_itself(tmp_path: Path) -> N
         store.load_newest()
 
 
+def test_a_manifest_without_its_tensors_starts_nothing_anew_by_itself(address: str) -> None:
+    store = CheckpointStore(address, keep=3)
+    store.save(1, *state(1))
+    store.save(2, *state(2))
+    files = store._files
+    files.rm(f"{store._root}/step-000000002/state.safetensors")
+    with pytest.warns(UserWarning, match="step-000000002: state.safetensors is missing"):
+        assert stored(store) == 1
+    files.rm(f"{store._root}/step-000000001/state.safetensors")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"is missing, though.*--restart begins anew"):
+        store.load_newest()
+    store.clear()
+    assert store.load_newest() is None
+
+
 def test_weights_stay_as_long_as_a_kept_checkpoint_names_them(address: str, tmp_path: Path) -> None:
     store = CheckpointStore(address, keep=1)
 

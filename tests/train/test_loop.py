@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from cigpose.data.plan import train_batch_sizes
 from cigpose.train import loop
+from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.loop import Place, train
 from cigpose.train.state import influential_params
@@ -146,6 +149,42 @@ def test_a_checkpoint_of_other_params_is_refused(tiny_config: Any, shards: Path,
     config = tiny_config(train__optimizer__learning_rate=0.5)
     with pytest.raises(CheckpointError, match=rf"train.optimizer.learning_rate: {former} there, 0.5 now.*--restart"):
         train(config, place(config, shards, whole_run[0]), Recorder())
+
+
+def test_every_step_of_an_epoch_can_be_gone_on_from_with_any_number_of_workers(tiny_config: Any) -> None:
+    persons = 83
+
+    def epoch(workers: int) -> tuple[int, int]:
+        """Batches of an epoch, and of a step, where so many of eight workers are left."""
+        train = for_world(tiny_config(train__batch_total=16, train__cluster={"num_workers": 8}), workers).train
+        sizes = train_batch_sizes(
+            persons, batch=train.batch_per_worker, world=workers, accumulate=train.accumulate_steps
+        )
+        return len(sizes), train.accumulate_steps
+
+    epochs = [epoch(workers) for workers in range(1, 9)]
+    assert len({batches // accumulate for batches, accumulate in epochs}) > 1  # of several lengths
+    for (former, per_step), (batches, accumulate) in itertools.product(epochs, repeat=2):
+        steps = range(former // per_step + 1)
+        starts = [loop.first_batch(step, batches // accumulate, accumulate) for step in steps]
+        assert starts == [min(step * accumulate, batches) for step in steps]
+
+
+def test_a_checkpoint_beyond_the_end_of_the_epoch_goes_on_with_the_next(
+    tiny_config: Any, shards: Path, tmp_path: Path, whole_run: Any
+) -> None:
+    config = tiny_config()
+    with pytest.raises(KilledError):
+        train(config, place(config, shards, tmp_path), Recorder(killed_at=4))
+    store = CheckpointStore(tmp_path / "checkpoints")
+    _, tensors, values = store.load_newest()
+    values["step_in_epoch"] += 100  # as after more workers, whose epoch had more steps
+    store.save(values["step"], tensors, values)
+    recorder = Recorder()
+    result = train(config, place(config, shards, tmp_path), recorder)
+    assert [record["epoch"] for record in recorder.validations] == [1, 2]
+    assert result["step"] == 3 + whole_run[2]["step"] // 2
+    assert store.load_newest()[2]["weights"] == result["weights"]
 
 
 def test_an_unknown_metric_is_named_with_those_there_are() -> None:

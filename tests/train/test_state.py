@@ -65,6 +65,21 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_config: Any) -> None:
         fresh(tiny_config(model__head__hidden=32), 0).load_state_dict(*saved)
 
 
+def test_a_checkpoint_of_weights_that_are_no_numbers_is_refused(tiny_config: Any) -> None:
+    tensors, values = fresh(tiny_config(), 0).state_dict()
+    key = next(key for key in tensors if key.startswith("model.") and key.endswith(".weight"))
+    broken = {**tensors, key: torch.full_like(tensors[key], torch.nan)}
+    with pytest.raises(CheckpointError, match=rf"{key}.*--restart begins anew"):
+        fresh(tiny_config(), 1).load_state_dict(broken, values)
+
+
+def test_the_first_weights_belong_to_what_a_result_depends_on(tiny_config: Any) -> None:
+    config = tiny_config(model__backbone__pretrained="mine.pth")
+    saved = influential_params(config, {}, "aaa")
+    with pytest.raises(CheckpointError, match=r"pretrained.sha256: 'aaa' there, 'bbb' now"):
+        refuse_changed_params(saved, influential_params(config, {}, "bbb"), "here")
+
+
 def test_random_generators_go_on_where_they_were() -> None:
     seed_everything(3, rank=1)
     state = json.loads(json.dumps(random_state()))

@@ -1,0 +1,199 @@
+"""Which run `train` takes, guards, or makes again: decided before Ray starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from train_stage import Stage
+
+from cigpose.config import load_params
+from cigpose.model.estimator import build_model
+from cigpose.schema import ConfigError
+from cigpose.train.checkpoints import CheckpointStore
+from cigpose.train.state import influential_params
+from pipelines import results, train
+from pipelines.watch import Watch
+
+HOLDER = """
+import sys
+from pathlib import Path
+from cigpose.files.atomic import claimed
+with claimed(Path(sys.argv[1]), "a training of this run"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def trained(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The stage's folder as the working directory; a training only notes the folder of its run, here."""
+    folders: list[Path] = []
+
+    def note(config: Any, params: Any, folder: Path, store: Any) -> None:
+        folders.append(folder)
+        raise ValueError("trained")
+
+    monkeypatch.chdir(stage.folder)
+    monkeypatch.setattr(train, "train", note)
+    return folders
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[int]:
+    """Another process that holds a lock: its id."""
+    command = [sys.executable, "-c", HOLDER, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            yield process.pid
+        finally:
+            process.communicate("")
+
+
+def finish_run() -> Path:
+    """The folder of the run of params.yaml, with made-up results."""
+    config = load_params()
+    params = influential_params(config, train.digests(config), train.pretrained_digest(config))
+    folder = train.run_folder(config, params)
+    for name in ("model/model.safetensors", *train.OUTPUTS[1:]):
+        (folder / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "results" / name).write_text('{"best_epoch": 1, "epochs": 2}')
+    results.seal(folder, "run")
+    return folder
+
+
+def outcome_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """Exit status and output of the stage."""
+    capsys.readouterr()
+    code: object = 0
+    try:
+        train.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    return code, "".join(capsys.readouterr())
+
+
+def test_changed_first_weights_are_another_run(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.params(model__backbone__pretrained="mine.safetensors")
+    weights = stage.folder / "data/raw/pretrained/mine.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    state = build_model(load_params()).state_dict()
+    safetensors.torch.save_file(state, weights)
+    first = finish_run()
+    code, output = outcome_of(capsys)
+    assert code == 0 and "finished before" in output
+    safetensors.torch.save_file({key: tensor + 1 for key, tensor in state.items()}, weights)
+    assert outcome_of(capsys)[0] == "train: trained"
+    assert trained == [first.with_name(trained[0].name)] and trained[0] != first
+    weights.unlink()
+    code, _ = outcome_of(capsys)
+    assert str(code).endswith("not found. `dvc repro pretrained` fetches the backbone's first weights.")
+
+
+@pytest.mark.parametrize(
+    "harm, sentence",
+    [
+        (lambda folder: (folder / "results/model/model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
+        (lambda folder: (folder / "results/plots/loss.csv").unlink(), "loss.csv is missing"),
+        (lambda folder: (folder / "DONE").write_text("a91f\n"), "DONE names no digests of the results"),
+        (lambda folder: (folder / "DONE").write_text('{"files": {}}'), "DONE names no results"),
+    ],
+    ids=["empty", "missing", "an earlier version's", "nothing vouched for"],
+)
+def test_damaged_results_are_named_and_made_again(
+    stage: Stage,
+    trained: list[Path],
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], object],
+    sentence: str,
+) -> None:
+    stage.params(seed=2)
+    folder = finish_run()
+    harm(folder)
+    code, output = outcome_of(capsys)
+    assert code == "train: trained" and trained == [folder]
+    assert sentence in output and "the run is trained again" in output
+    assert not (folder / "DONE").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--restart",)], ids=["train", "restart"])
+def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    stage.params(seed=3)
+    folder = finish_run()
+    store = CheckpointStore(folder / "checkpoints")
+    store.save(1, {}, {})
+    before = sorted(folder.rglob("*"))
+    with held(folder.with_name(f"{folder.name}.lock")) as owner:
+        code, _ = outcome_of(capsys, *arguments)
+    assert str(code).startswith(f"train: a training of this run is running already (process {owner} on ")
+    assert sorted(folder.rglob("*")) == before and store.names() == ["step-000000001"]
+    assert not trained
+    outcome_of(capsys, "--restart")  # the owner has gone
+    assert trained == [folder] and not folder.exists()
+
+
+def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
+    stage: Stage, trained: list[Path], tmp_path: Path
+) -> None:
+    stage.params(evaluate__metric="whole/AP_easy")
+    run: Any = None  # nothing is told to MLflow yet
+    with pytest.raises(ConfigError, match=r"evaluate\.metric: 'whole/AP_easy' is not among"):
+        Watch(load_params(), tmp_path, run, Path("data/shards"))
+
+
+@pytest.mark.slow
+def test_of_two_real_trainings_the_second_is_refused(stage: Stage) -> None:
+    stage.params(seed=5)
+    known = set(stage.folder.glob(".runs/*.lock"))
+    process = stage.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not any(lock.stat().st_size for lock in set(stage.folder.glob(".runs/*.lock")) - known):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # it holds its run, and Ray has not been started
+        code, output = stage.run("--restart")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert code == 1 and f"running already (process {process.pid} on " in output
+    assert "Traceback" not in output
+
+
+def test_two_runs_do_not_keep_their_checkpoints_at_one_address_at_once(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    address = str(tmp_path / "kept")
+    stage.params(seed=4, train__checkpoint={"address": address})
+    CheckpointStore(address).save(1, {}, {})
+    lock = stage.folder / ".runs" / f"checkpoints-{train.digest_of(address)}.lock"
+    with held(lock):
+        code, _ = outcome_of(capsys, "--restart")
+    assert f"a training with its checkpoints at {address} is running already" in str(code)
+    assert CheckpointStore(address).names() == ["step-000000001"]
+
+
+def test_a_mistyped_option_is_refused_and_nothing_is_trained(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.params()
+    for mistake in ("--restrat", "--res", "quickstart"):
+        code, output = outcome_of(capsys, mistake)
+        assert code == 2 and f"unrecognized arguments: {mistake}" in output
+    code, output = outcome_of(capsys, "--help")
+    assert code == 0 and "--restart" in output
+    assert not trained
