@@ -10,7 +10,6 @@ The address is `registry.tracking_uri` of params.yaml, else MLFLOW_TRACKING_URI,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ import yaml
 from mlflow import MlflowClient
 
 from cigpose.config import Config
+from pipelines.database import database_path, prepared
 from pipelines.delivery import Courier, deliver_folder, deliver_run, find_local, get_experiment, is_active
 from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, read_shard_index, shards_digest
 from pipelines.spool import LOCAL, Spool
@@ -60,28 +60,18 @@ def artifact_folder(address: str, root: Path | None = None) -> str | None:
 
 
 def connect(address: str) -> MlflowClient:
-    """A client of MLflow; a new sqlite file is set up by one process alone (several at once corrupt it).
+    """A client of MLflow; a new sqlite file is set up by one process alone, whole or not at all.
 
     Raises:
+        DatabaseError: the sqlite file is not a whole database.
         MlflowException: the server does not answer.
     """
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    with _alone(address):
+    path = database_path(address)
+    with prepared(path) if path else contextlib.nullcontext():
         client = MlflowClient(tracking_uri=address, registry_uri=address)
         client.search_experiments(max_results=1)
     return client
-
-
-@contextlib.contextmanager
-def _alone(address: str) -> Iterator[None]:
-    if not address.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(address.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
