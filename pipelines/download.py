@@ -12,13 +12,14 @@ from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.data.download import fetch
+from cigpose.files.addresses import without_credentials
 
 RAW = Path("data/raw")
 
 
 def say(line: str) -> None:
     """A line for the user, at once."""
-    print(line, flush=True)
+    print(without_credentials(line), flush=True)
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
             )
         fetch(RAW / key, options.sources[key], options, say=say)
     except (ValueError, FileNotFoundError) as err:
-        sys.exit(str(err))
+        sys.exit(without_credentials(str(err)))
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. Run again: {RAW / key} goes on from where it stopped.")
 

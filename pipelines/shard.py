@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.data.shards import write_dataset
+from cigpose.files.addresses import without_credentials
 
 RAW = Path("data/raw")
 SHARDS = Path("data/shards")
@@ -19,7 +20,7 @@ def main() -> None:
     try:
         index = write_dataset(load_params(), sys.argv[1], RAW, SHARDS)
     except (ValueError, OSError) as err:
-        sys.exit(f"shard: {err}")
+        sys.exit(without_credentials(f"shard: {err}"))
     dropped = ", ".join(f"{count} {reason}" for reason, count in index.dropped.items()) or "none"
     print(
         f"{index.dataset}: {index.persons} persons on {index.images} images in {len(index.shards)} shards; "

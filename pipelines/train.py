@@ -22,6 +22,7 @@ import yaml
 
 from cigpose.config import Config, load_params
 from cigpose.evaluate.checkpoint import open_shards
+from cigpose.files.addresses import without_credentials
 from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
@@ -51,7 +52,7 @@ def main() -> None:
         for name in OUTPUTS:
             put(folder / "results" / name, DATA / name)
     except (cluster.TrainingError, CheckpointError, ValueError, OSError) as err:
-        sys.exit(f"train: {err}")
+        sys.exit(without_credentials(f"train: {err}"))
     except KeyboardInterrupt:
         print("train: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
@@ -89,7 +90,7 @@ def write_results(config: Config, result: dict[str, Any], store: CheckpointStore
     """The stage's outputs, laid out in `folder` as below data/."""
     best, history = result["best"], result["history"]
     store.fetch(result["weights"], folder / "model" / "model.safetensors")
-    (folder / "model" / "params.yaml").write_text(yaml.safe_dump(config.to_mapping(), sort_keys=False))
+    (folder / "model" / "params.yaml").write_text(yaml.safe_dump(config.to_public_mapping(), sort_keys=False))
     facts = {
         "run_id": run.run_id,
         "name": config.name,

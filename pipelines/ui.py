@@ -22,6 +22,7 @@ from types import FrameType
 import requests
 
 from cigpose.config import load_params
+from cigpose.files.addresses import without_credentials
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.tracking import artifact_folder, connect, tracking_address
@@ -198,7 +199,8 @@ def serve(root: Path) -> None:
     try:
         with running(*servers, root=root) as processes:
             note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
-            print(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}\nCtrl-C stops both.", flush=True)
+            addresses = without_credentials(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}")
+            print(f"{addresses}\nCtrl-C stops both.", flush=True)
             watch(servers, processes)
     finally:
         note.unlink(missing_ok=True)
@@ -214,7 +216,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
     except (ServerError, ValueError, OSError) as err:
-        print(f"ui: {err}", file=sys.stderr)
+        print(without_credentials(f"ui: {err}"), file=sys.stderr)
         return 1
     return 0
 

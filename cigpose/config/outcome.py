@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from cigpose.schema import ADDRESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,7 @@ class RegistryConfig:
     experiment: str
     margin: float = 0.0
     """A challenger becomes champion when its metric is better by more than this."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, metadata=ADDRESS)
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
     pictures: int = 16
     """Sample predictions logged with the model."""

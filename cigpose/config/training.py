@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require
+from cigpose.schema import ADDRESS, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +97,7 @@ class CheckpointConfig:
     every_minutes: float | None = 10.0
     """Whichever of the two comes first; a checkpoint is always written at the end of a validated epoch."""
     keep: int = 2
-    address: str | None = None
+    address: str | None = field(default=None, metadata=ADDRESS)
     """Folder or fsspec address (s3://...); null: .runs/ beside params.yaml."""
 
 

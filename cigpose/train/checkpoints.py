@@ -31,6 +31,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cigpose.data.remote import S3_ENDPOINTS
+from cigpose.files.addresses import without_credentials
 
 STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "complete.json"
 
@@ -134,7 +135,8 @@ class CheckpointStore:
             try:
                 return name, *self.load(name)
             except (CheckpointError, OSError, ValueError, safetensors.SafetensorError) as err:
-                warnings.warn(f"{self.address}/{name} is damaged and passed over: {err}", stacklevel=2)
+                message = f"{self.address}/{name} is damaged and passed over: {err}"
+                warnings.warn(without_credentials(message), stacklevel=2)
         if names:
             raise CheckpointError(f"{self.address}: all {len(names)} checkpoints are damaged. --restart begins anew.")
         return None
