@@ -32,6 +32,7 @@ def prepared(path: Path) -> Iterator[None]:
 
     Raises:
         DatabaseError: what is there is no database, or one whose set-up was cut short.
+        OSError: a new one cannot be made, as on a full disk.
     """
     with claimed(path.with_name(path.name + ".lock"), f"the set-up of {path}", wait=True):
         if not _tables(path):
@@ -69,7 +70,11 @@ def _make(path: Path) -> None:
     for left in path.parent.glob(f".{path.name}.*.part*"):  # of killed set-ups; the lock says that none is at work
         left.unlink(missing_ok=True)
     with written_file(path) as part:
-        store = SqlAlchemyStore(f"{SQLITE}{part}", (path.parent / "mlartifacts").absolute().as_uri())
+        try:
+            store = SqlAlchemyStore(f"{SQLITE}{part}", (path.parent / "mlartifacts").absolute().as_uri())
+        except (SQLAlchemyError, MlflowException) as err:
+            reason = str(err).splitlines()[0]
+            raise OSError(f"{path}: MLflow's database could not be made: {reason}. Is there room on the disk?") from err
         store.engine.dispose()
         with closing(sqlite3.connect(part)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of it in the one file that is renamed

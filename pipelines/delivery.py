@@ -218,6 +218,7 @@ class Courier:
             if not self._is_down:
                 first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
                 place, first = without_credentials(self._address), without_credentials(first)[:200]
+                first = first.removeprefix(f"MLflow at {place} ").rstrip(".")
                 log.warning("MLflow at %s: %s. Records are kept in %s.", place, first, self._spool.records_path)
             self._is_down, self._client = True, None
             self._wake.set()

@@ -57,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.show:
             write_json(REGISTERED, register(config, Path.cwd()))
         print(summary(read_json(REGISTERED), flat_metrics(read_json(METRICS))))
+    except tracking.UnreachableError as err:
+        advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
+        print(f"register: {err} {advice}", file=sys.stderr)
+        return 1
     except MlflowException as err:
         print(without_credentials(f"register: MLflow: {str(err).splitlines()[0]}"), file=sys.stderr)
         return 1

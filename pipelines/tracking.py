@@ -85,10 +85,8 @@ def _knock(address: str) -> None:
     try:
         requests.get(f"{address.rstrip('/')}/health", timeout=KNOCK_S, allow_redirects=False, stream=True).close()
     except requests.RequestException as err:
-        raise UnreachableError(
-            f"MLflow at {without_credentials(address)} does not answer ({type(err).__name__}). Nothing is lost: start "
-            "it, or correct registry.tracking_uri or MLFLOW_TRACKING_URI, and run the same command again."
-        ) from err
+        place = without_credentials(address)
+        raise UnreachableError(f"MLflow at {place} does not answer ({type(err).__name__}).") from err
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import sqlite3
 from pathlib import Path
@@ -48,6 +49,27 @@ def test_a_set_up_killed_anywhere_leaves_nothing_that_stops_the_next_start(proje
         pass
     assert tracking.connect(address).get_run(run.run_id).info.status == "FINISHED"
     assert not list(project.glob(".mlflow.db.*"))
+
+
+def _set_up_without_room(address: str) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    try:
+        tracking.connect(address)
+    except OSError as err:
+        os._exit(7 if "mlflow.db: MLflow's database could not be made: " in str(err) else 8)
+
+
+@pytest.mark.slow
+def test_a_set_up_without_room_is_one_sentence_and_leaves_nothing(project: Path) -> None:
+    (project / "mlflow.db").unlink()
+    address = f"sqlite:///{project}/mlflow.db"
+    child = multiprocessing.get_context("fork").Process(target=_set_up_without_room, args=(address,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 7
+    assert [path.name for path in project.iterdir()] == ["mlflow.db.lock"]
+    assert tracking.connect(address).search_experiments(max_results=1)
 
 
 def test_an_empty_file_is_no_database_yet(project: Path) -> None:
