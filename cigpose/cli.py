@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cigpose import config as configuration
+from cigpose.files.addresses import without_credentials
 from cigpose.params_file import write_params
 
 # Subcommands that live with the code they run; each module has `add_parser(subparsers)`.
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as err:
-        print(f"cigpose: {err}", file=sys.stderr)
+        print(without_credentials(f"cigpose: {err}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

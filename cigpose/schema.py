@@ -13,9 +13,17 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
+from cigpose.files.addresses import without_credentials
+
 T = TypeVar("T")
+
+PRIVATE = {"public": "empty"}
+"""Metadata of a field that is nobody else's business: what is published has its place empty."""
+ADDRESS = {"public": "without credentials"}
+"""Metadata of a field with one or more addresses: what is published has them without credentials."""
 
 
 LARGEST = 2**63 - 1
@@ -130,6 +138,57 @@ def to_mapping(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_mapping(item) for item in value]
     return value
+
+
+def public_marks(cls: type, path: str = "") -> dict[str, str]:
+    """Path -> mark of every field of `cls`, and of the dataclasses in it, that is `PRIVATE` or an `ADDRESS`.
+
+    A key of a dict of dataclasses stands as `*`.
+    """
+    hints = typing.get_type_hints(cls)
+    marks: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        here = _join(path, field.name)
+        if "public" in field.metadata:
+            marks[here] = field.metadata["public"]
+        for hint, place in _nested(hints[field.name], here):
+            marks |= public_marks(hint, place)
+    return marks
+
+
+def _nested(hint: Any, path: str) -> list[tuple[type, str]]:
+    if dataclasses.is_dataclass(hint):
+        return [(typing.cast(type, hint), path)]
+    path = f"{path}.*" if typing.get_origin(hint) in (dict, Mapping) else path
+    return [found for argument in typing.get_args(hint) for found in _nested(argument, path)]
+
+
+def public_values(values: Any, marks: Mapping[str, str], path: str = "") -> Any:
+    """Plain values as they may be published: private ones emptied, addresses without credentials.
+
+    Args:
+        values: a mapping as `to_mapping` gives it, or the part of it at `path`.
+        marks: of `public_marks`.
+        path: where `values` stands in the whole.
+    """
+    levels = path.split(".")
+    above = [".".join(levels[:i]) for i in range(1, len(levels) + 1)]
+    mark = next((mark for place, mark in marks.items() if any(fnmatchcase(name, place) for name in above)), None)
+    if mark is not None:
+        return _published(values, mark)
+    if isinstance(values, Mapping):
+        return {key: public_values(item, marks, _join(path, key)) for key, item in values.items()}
+    return values
+
+
+def _published(value: Any, mark: str) -> Any:
+    if mark == PRIVATE["public"]:
+        return {} if isinstance(value, Mapping) else [] if isinstance(value, (list, tuple)) else None
+    if isinstance(value, Mapping):
+        return {key: _published(item, mark) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_published(item, mark) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def _join(path: str, key: object) -> str:

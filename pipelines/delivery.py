@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from cigpose.files.addresses import without_credentials
 from pipelines.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,9 @@ def _deliver_pending(spool: Spool, client: MlflowClient) -> int:
                 raise LostRunError from err
             if err.error_code not in REFUSALS:
                 raise
-            log.warning("MLflow refused %d record(s) of kind %s: %s", len(batch), batch[0]["do"], err)
+            log.warning(
+                "MLflow refused %d record(s) of kind %s: %s", len(batch), batch[0]["do"], without_credentials(str(err))
+            )
         spool.update(sent=position)
         for record in batch:
             if record["do"] == "artifact":
@@ -213,13 +216,15 @@ class Courier:
             self._deliver_siblings(self._client)
         except Exception as err:  # whatever goes wrong here, the training goes on
             if not self._is_down:
-                first = str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
-                log.warning("MLflow at %s: %s. Records are kept in %s.", self._address, first, self._spool.records_path)
+                first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+                place, first = without_credentials(self._address), without_credentials(first)[:200]
+                first = first.removeprefix(f"MLflow at {place} ").rstrip(".")
+                log.warning("MLflow at %s: %s. Records are kept in %s.", place, first, self._spool.records_path)
             self._is_down, self._client = True, None
             self._wake.set()
             return False
         if self._is_down:
-            log.warning("MLflow at %s is back: %d records delivered.", self._address, count)
+            log.warning("MLflow at %s is back: %d records delivered.", without_credentials(self._address), count)
             self._is_down = False
         return True
 

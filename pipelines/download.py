@@ -14,6 +14,7 @@ from pathlib import Path
 from cigpose.config import Config, load_params
 from cigpose.data.download import fetch
 from cigpose.data.sources import TABLE
+from cigpose.files.addresses import without_credentials
 from pipelines.member import asked_member
 
 RAW = Path("data/raw")
@@ -21,7 +22,7 @@ RAW = Path("data/raw")
 
 def say(line: str) -> None:
     """A line for the user, at once."""
-    print(line, flush=True)
+    print(without_credentials(line), flush=True)
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
             sys.exit(f"params.yaml: data.download.sources has no {key!r}. Known: {', '.join(sources)}.")
         fetch(RAW / key, sources[key], config.data.download, say=say)
     except (ValueError, FileNotFoundError) as err:
-        sys.exit(str(err))
+        sys.exit(without_credentials(str(err)))
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. Run again: {RAW / key} goes on from where it stopped.")
 

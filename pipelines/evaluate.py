@@ -21,6 +21,7 @@ from cigpose.config import Config, load_params
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
+from cigpose.files.addresses import without_credentials
 from cigpose.model.weights import load_checkpoint
 
 CHECKPOINT = Path("data/model/model.safetensors")
@@ -43,7 +44,7 @@ def main() -> None:
         report.write_parts_csv(evaluation.metrics, PLOT)
         report.write_metrics_json(evaluation.metrics, METRICS)
     except (ValueError, OSError) as err:
-        sys.exit(f"evaluate: {err}")
+        sys.exit(without_credentials(f"evaluate: {err}"))
     metric = evaluation.config.evaluate.metric
     print(f"{evaluation.config.data.val}: {metric} {evaluation.metrics.get(metric, float('nan')):.4f}")
     print(report.parts_table(evaluation.metrics), end="")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 from mlflow.models import Model, ModelSignature
@@ -32,7 +33,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from packaging.requirements import Requirement
 
 import cigpose
-from cigpose.config import Config
+from cigpose.config import Config, public_params
 from pipelines.lineage import content_digest, digest_of, dvc_hashes, git_revision, read_shard_index, shards_digest
 from pipelines.registry import Evaluation
 
@@ -102,16 +103,16 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
     (staging / "pictures").mkdir(parents=True)
     for picture in package.pictures:
         shutil.copyfile(picture, staging / "pictures" / picture.name)
-    lock = root / "dvc.lock"
+    lock = _public_lock(root / "dvc.lock", staging / "dvc.lock")
     files: dict[str, Path] = {
         "weights": package.weights,
-        "params": package.params,
+        "params": _public_params(package.params, staging / "params.yaml"),
         "onnx": package.onnx,
         "keypoints": _write(staging / "keypoints.json", dataclasses.asdict(package.config.keypoint_set)),
         "metrics": _write(staging / "metrics.json", _metrics(package.evaluation)),
         "lineage": _write(staging / "lineage.json", package.lineage),
         "pictures": staging / "pictures",
-        **({"dvc_lock": lock} if lock.is_file() else {}),
+        **({"dvc_lock": lock} if lock else {}),
     }
     with _quiet():
         mlflow.pyfunc.save_model(
@@ -125,6 +126,25 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
         )
     (folder / "README.md").write_text(model_card(package), encoding="utf-8")
     shutil.rmtree(staging)
+
+
+def _public_params(source: Path, target: Path) -> Path:
+    """The params of the training without secrets: earlier versions wrote them as they were."""
+    values = yaml.safe_load(source.read_text(encoding="utf-8"))
+    target.write_text(yaml.safe_dump(public_params(values), sort_keys=False), encoding="utf-8")
+    return target
+
+
+def _public_lock(source: Path, target: Path) -> Path | None:
+    """A copy of dvc.lock, whose stages repeat the params they depend on, without secrets; None without one."""
+    if not source.is_file():
+        return None
+    lock = yaml.safe_load(source.read_text(encoding="utf-8"))
+    for stage in lock.get("stages", {}).values():
+        for params in stage.get("params", {}).values():
+            params |= {key: public_params(value, key) for key, value in params.items()}
+    target.write_text(yaml.safe_dump(lock, sort_keys=False), encoding="utf-8")
+    return target
 
 
 @contextlib.contextmanager

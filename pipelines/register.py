@@ -25,6 +25,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config, load_params
+from cigpose.files.addresses import without_credentials
 from pipelines import tracking
 from pipelines.lineage import content_digest, file_sha256, project_root, read_shard_index
 from pipelines.package import Package, log_package, model_card, parts_table, read_lineage, shards_location
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MODEL, REPORT = Path("data/model"), Path("data/report")
 METRICS, REGISTERED = Path("data/metrics/evaluate.json"), Path("data/registered.json")
+UPLOAD_S = 30.0
+"""Seconds without an answer after which MLflow is given up: it answers an upload once it has stored the file."""
 LARGEST_REPORT_FILE = 50_000_000
 """Bytes; larger files of the report (predictions, results of a big set) stay with DVC."""
 
@@ -48,16 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the outcome of the last registration again")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    tracking.be_impatient(UPLOAD_S)
     try:
         config = load_params()
         if not options.show:
             write_json(REGISTERED, register(config, Path.cwd()))
         print(summary(read_json(REGISTERED), flat_metrics(read_json(METRICS))))
+    except tracking.UnreachableError as err:
+        advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
+        print(f"register: {err} {advice}", file=sys.stderr)
+        return 1
     except MlflowException as err:
-        print(f"register: MLflow: {str(err).splitlines()[0]}", file=sys.stderr)
+        print(without_credentials(f"register: MLflow: {str(err).splitlines()[0]}"), file=sys.stderr)
         return 1
     except (RegisterError, ValueError, OSError) as err:
-        print(f"register: {err}", file=sys.stderr)
+        print(without_credentials(f"register: {err}"), file=sys.stderr)
         return 1
     return 0
 
@@ -198,7 +206,7 @@ def outcome(
         "champion": {"version": decision.champion_version, "value": decision.champion_value},
         "run_id": run_id,
         "url": tracking.run_url(address, client.get_run(run_id).info.experiment_id, run_id),
-        "tracking_address": address,
+        "tracking_address": without_credentials(address),
     }
 
 

@@ -38,7 +38,7 @@ def write_results(config: Config, result: dict[str, Any], store: CheckpointStore
     }
     with written_folder(folder) as made:
         fetch_weights(store, result["weights"], made / "model" / "model.safetensors")
-        write_text(made / "model" / "params.yaml", yaml.safe_dump(config.to_mapping(), sort_keys=False))
+        write_text(made / "model" / "params.yaml", yaml.safe_dump(config.to_public_mapping(), sort_keys=False))
         write_json(made / "model" / "run.json", facts)
         curves.write_metrics(config, result, made / "metrics" / "train.json")
         curves.write_loss(history, made / "plots" / "loss.csv")

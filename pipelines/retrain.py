@@ -43,7 +43,8 @@ from prefect.client.schemas.objects import (  # noqa: E402
     TaskRun,
 )
 
-from cigpose.config import Config, config_from_mapping, load_params  # noqa: E402
+from cigpose.config import Config, config_from_mapping, load_params, public_params  # noqa: E402
+from cigpose.files.addresses import without_credentials  # noqa: E402
 from cigpose.params_file import write_params  # noqa: E402
 from cigpose.schema import ConfigError  # noqa: E402
 
@@ -183,7 +184,7 @@ def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> dict[str, tuple
         path: params.yaml.
         overrides: `train.epochs` -> value, of keys that params.yaml has; a table (`data.locations`) is given whole.
 
-    Returns: key -> (value before, value now), of those that changed.
+    Returns: key -> (value before, value now), of those that changed, as they may be shown.
 
     Raises:
         ConfigError: a key that does not exist, or a value that does not fit; params.yaml is untouched.
@@ -208,7 +209,7 @@ def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> dict[str, tuple
     changes = {key: (old, new) for key, (old, new) in changes.items() if old != new}
     if changes:
         write_params(config, path)
-    return changes
+    return {key: (public_params(old, key), public_params(new, key)) for key, (old, new) in changes.items()}
 
 
 def _look_up(values: Any, key: str) -> Any:
@@ -307,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 print(retrain(**parameters))
     except (StageError, ConfigError, OSError, TimeoutError) as err:
-        print(f"retrain: {err}", file=sys.stderr)
+        print(without_credentials(f"retrain: {err}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.data.shards import write_dataset
+from cigpose.files.addresses import without_credentials
 from pipelines.member import asked_member
 
 RAW = Path("data/raw")
@@ -22,7 +23,7 @@ def main() -> None:
     try:
         index = write_dataset(load_params(), key, RAW, SHARDS)
     except (ValueError, OSError) as err:
-        sys.exit(f"shard: {err}")
+        sys.exit(without_credentials(f"shard: {err}"))
     dropped = ", ".join(f"{count} {reason}" for reason, count in index.dropped.items()) or "none"
     print(
         f"{index.dataset}: {index.persons} persons on {index.images} images in {len(index.shards)} shards; "

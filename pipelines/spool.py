@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import itertools
 import json
-import os
+import logging
 import shutil
 import threading
 import time
@@ -22,6 +22,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from cigpose.files.atomic import write_text
+
+log = logging.getLogger(__name__)
 
 LOCAL = "local-"
 """Start of the id of a run that MLflow does not know yet."""
@@ -39,6 +43,7 @@ class Spool:
         self.state_path = self.folder / "tracking.json"
         self._lock = threading.Lock()
         self._owner: IO[str] | None = None
+        self._told: set[int] = set()
         self._numbers = itertools.count(time.time_ns())
         self.state: dict[str, Any] = {"local_id": LOCAL + uuid.uuid4().hex, "run_id": None, "address": None, "sent": 0}
         self.state["former_ids"] = []
@@ -50,9 +55,16 @@ class Spool:
         return (folder / "tracking.json").is_file()
 
     def reload(self) -> None:
-        """Read the state that the last owner left."""
-        if self.state_path.is_file():
-            self.state |= json.loads(self.state_path.read_text(encoding="utf-8"))
+        """Read the state that the last owner left; one that a full disk or a power cut spoilt is none."""
+        if not self.state_path.is_file():
+            return
+        try:
+            state = json.loads(self.state_path.read_text(encoding="utf-8"))
+            if not isinstance(state, dict):
+                raise ValueError(f"{state!r} is no JSON object")
+            self.state |= state
+        except ValueError as err:
+            log.warning("%s: not readable (%s). If this run goes on, MLflow gets all of it anew.", self.state_path, err)
 
     def acquire(self, timeout_s: float = 0.0) -> bool:
         """Become the owner; False when another process still is after `timeout_s`.
@@ -84,20 +96,32 @@ class Spool:
             self._owner = None
 
     def _cut_half_line(self) -> None:
-        """Remove a last line that a killed process did not finish."""
+        """Remove what a killed process, or a full disk, did not finish at the end."""
         if not self.records_path.is_file():
             return
         with self.records_path.open("r+b") as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
+            while whole and _parse(content[content.rfind(b"\n", 0, whole - 1) + 1 : whole]) is None:
+                whole = content.rfind(b"\n", 0, whole - 1) + 1
             if whole < len(content):
                 file.truncate(whole)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Keep a record; it outlives the process, not a power cut in the same second."""
+        """Keep a record, whole or not at all; it outlives the process, not a power cut in the same second.
+
+        Raises:
+            OSError: the disk is full.
+        """
         line = json.dumps({**record, "time": record.get("time", time.time_ns() // 1_000_000)}) + "\n"
-        with self._lock, self.records_path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self._lock, self.records_path.open("ab", buffering=0) as file:
+            start, rest = file.tell(), line.encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(start)
+                raise
 
     def keep_copy(self, path: Path) -> str:
         """Copy a file or folder to the outbox, since the original may change before it is uploaded.
@@ -143,7 +167,15 @@ class Spool:
                 if not line.endswith(b"\n"):
                     return
                 position += len(line)
-                yield position, json.loads(line)
+                if (record := _parse(line)) is not None:
+                    yield position, record
+                elif position not in self._told:
+                    self._told.add(position)
+                    log.warning(
+                        "%s: the line that ends at byte %d is broken, expected a JSON object; MLflow gets the others.",
+                        self.records_path,
+                        position,
+                    )
 
     def pending(self) -> int:
         """Bytes not yet delivered."""
@@ -170,6 +202,13 @@ class Spool:
     def update(self, **state: Any) -> None:
         """Change the state, on disk at once."""
         self.state |= state
-        temporary = self.state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state), encoding="utf-8")
-        os.replace(temporary, self.state_path)
+        write_text(self.state_path, json.dumps(self.state))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for a broken one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "do" in record else None

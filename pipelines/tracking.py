@@ -10,7 +10,6 @@ The address is `registry.tracking_uri` of params.yaml, else MLFLOW_TRACKING_URI,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -20,10 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import requests
 import yaml
 from mlflow import MlflowClient
 
 from cigpose.config import Config
+from cigpose.files.addresses import without_credentials
+from pipelines.database import database_path, prepared
 from pipelines.delivery import Courier, deliver_folder, deliver_run, find_local, get_experiment, is_active
 from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, read_shard_index, shards_digest
 from pipelines.spool import LOCAL, Spool
@@ -37,11 +39,12 @@ FINISH_WAIT_S = 60.0
 """Seconds that `finish` gives the delivery of what is left."""
 SAMPLE_S = 10.0
 """Seconds between two samples of system metrics, where MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL does not say else."""
-_IMPATIENCE = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-}
+KNOCK_S = 4.0
+"""Seconds that a server may take to take a connection, and again to answer."""
+
+
+class UnreachableError(OSError):
+    """An MLflow server that does not answer."""
 
 
 def tracking_address(config: Config, root: Path | None = None) -> str:
@@ -60,34 +63,36 @@ def artifact_folder(address: str, root: Path | None = None) -> str | None:
 
 
 def connect(address: str) -> MlflowClient:
-    """A client of MLflow; a new sqlite file is set up by one process alone (several at once corrupt it).
+    """A client of MLflow; a new sqlite file is set up by one process alone, whole or not at all.
 
     Raises:
-        MlflowException: the server does not answer.
+        DatabaseError: the sqlite file is not a whole database.
+        UnreachableError: the server does not answer; known within some seconds, without MLflow's own patience.
+        MlflowException: it answers with an error.
     """
+    if address.startswith("http"):
+        _knock(address)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    with _alone(address):
+    path = database_path(address)
+    with prepared(path) if path else contextlib.nullcontext():
         client = MlflowClient(tracking_uri=address, registry_uri=address)
         client.search_experiments(max_results=1)
     return client
 
 
-@contextlib.contextmanager
-def _alone(address: str) -> Iterator[None]:
-    if not address.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(address.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _knock(address: str) -> None:
+    """Raise UnreachableError unless someone speaks HTTP at an address; what is said does not matter."""
+    try:
+        requests.get(f"{address.rstrip('/')}/health", timeout=KNOCK_S, allow_redirects=False, stream=True).close()
+    except requests.RequestException as err:
+        place = without_credentials(address)
+        raise UnreachableError(f"MLflow at {place} does not answer ({type(err).__name__}).") from err
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
     """The page of a run; for sqlite the one that `make ui` serves. MLflow shows its GenAI side unless told else."""
     local = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
-    base = address.rstrip("/") if address.startswith("http") else local
+    base = without_credentials(address).rstrip("/") if address.startswith("http") else local
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
@@ -201,7 +206,7 @@ class Run:
             log.warning(
                 "MLflow at %s does not have the whole run yet. It is kept in %s and delivered by the next stage that "
                 "reaches MLflow.",
-                self._address,
+                without_credentials(self._address),
                 self._spool.records_path,
             )
         self._spool.release()
@@ -230,8 +235,7 @@ def start_run(config: Config, kind: str = "train", *, run_folder: Path, run_id: 
     Raises:
         RuntimeError: another process writes to the same run.
     """
-    for name, value in _IMPATIENCE.items():
-        os.environ.setdefault(name, value)
+    be_impatient()
     root = project_root()
     address = tracking_address(config, root)
     artifacts = artifact_folder(address, root)
@@ -260,6 +264,13 @@ def start_run(config: Config, kind: str = "train", *, run_folder: Path, run_id: 
     return run
 
 
+def be_impatient(timeout_s: float = 5.0) -> None:
+    """Let MLflow's client give up soon where the environment does not say else: it would try for minutes."""
+    for name, value in (("TIMEOUT", f"{timeout_s:g}"), ("MAX_RETRIES", "1"), ("BACKOFF_FACTOR", "1")):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every attempt
+
+
 def _run_tags(config: Config, kind: str) -> dict[str, str]:
     tags = {"cigpose.kind": kind, "cigpose.preset": config.name, "mlflow.source.name": f"pipelines.{kind}"}
     revision = git_revision(project_root())
@@ -269,7 +280,7 @@ def _run_tags(config: Config, kind: str) -> dict[str, str]:
 
 
 def _log_parameters(run: Run, config: Config) -> None:
-    values = config.to_mapping()
+    values = config.to_public_mapping()
     run.log_params(values)
     run.log_text(yaml.safe_dump(values, sort_keys=False), "params.yaml")
 
@@ -281,6 +292,7 @@ def _describe_shards(location: str | Path, context: str, hashes: Mapping[str, st
     if md5:
         tags["dvc_md5"] = md5
     profile = {name: index.get(name) for name in ("images", "persons", "detections")} | {"shards": len(index["shards"])}
+    uri = without_credentials(str(location)) if "://" in str(location) else str(Path(location).resolve())
     dataset = {
         "name": index["dataset"],
         "digest": shards_digest(index),
@@ -289,7 +301,7 @@ def _describe_shards(location: str | Path, context: str, hashes: Mapping[str, st
         else "s3"
         if str(location).startswith("s3")
         else "local",
-        "source": json.dumps({"uri": str(location) if "://" in str(location) else str(Path(location).resolve())}),
+        "source": json.dumps({"uri": uri}),
         "profile": json.dumps(profile),
     }
     return {"dataset": dataset, "tags": tags}

@@ -24,6 +24,7 @@ from typing import Any
 
 from cigpose.config import Config, load_params
 from cigpose.evaluate.checkpoint import open_shards
+from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import claimed
 from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 copy_out(folder / RESULTS / name, DATA / name)
             metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
     except (cluster.TrainingError, CheckpointError, ValueError, OSError) as err:
-        sys.exit(f"train: {err}")
+        sys.exit(without_credentials(f"train: {err}"))
     except KeyboardInterrupt:
         print("train: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -22,6 +22,7 @@ from types import FrameType
 import requests
 
 from cigpose.config import load_params
+from cigpose.files.addresses import without_credentials
 from pipelines.access import address_note, guarded_server, prefect_home
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
@@ -202,7 +203,7 @@ def serve(root: Path) -> None:
     try:
         with running(*servers, root=root) as processes:
             note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
-            print(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}", flush=True)
+            print(without_credentials(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}"), flush=True)
             for server in servers:
                 if token := server.env.get("PREFECT_SERVER_API_AUTH_STRING"):
                     print(f"Prefect's page asks once for a password: {token}", flush=True)
@@ -222,7 +223,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
     except (ServerError, ValueError, OSError) as err:
-        print(f"ui: {err}", file=sys.stderr)
+        print(without_credentials(f"ui: {err}"), file=sys.stderr)
         return 1
     return 0
 

@@ -25,6 +25,7 @@ MAY_USE = {
 WITHOUT_EFFECT = {
     "published",
     "data.download.mirror",
+    "data.download.drive_ids",
     "data.download.parallel_files",
     "data.download.timeout_s",
     "data.download.max_attempts",

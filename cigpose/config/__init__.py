@@ -13,6 +13,7 @@ from cigpose.config.experiment import (
     load_preset,
     preset_text,
     presets,
+    public_params,
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
 from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig
@@ -63,4 +64,5 @@ __all__ = [
     "load_preset",
     "preset_text",
     "presets",
+    "public_params",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import LARGEST, require, require_between, require_name
+from cigpose.schema import ADDRESS, LARGEST, PRIVATE, require, require_between, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,13 +14,13 @@ class DownloadConfig:
 
     sources: dict[str, tuple[str, ...]]
     """Folder under data/raw -> names of files in the download table (`cigpose.data.download`). May be empty."""
-    mirror: str | None = None
+    mirror: str | None = field(default=None, metadata=PRIVATE)
     """Address that replaces the hosts: <mirror>/<host>/<path>."""
     parallel_files: int = 3
     timeout_s: float = 30.0
     """Seconds without a byte before a transfer is tried again."""
     max_attempts: int = 8
-    drive_ids: dict[str, str] = field(default_factory=dict)
+    drive_ids: dict[str, str] = field(default_factory=dict, metadata=PRIVATE)
     """File -> Google Drive id, for files handed out personally (UBody)."""
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class DataConfig:
     val: str
     """Dataset evaluated on."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    locations: dict[str, str] = field(default_factory=dict)
+    locations: dict[str, str] = field(default_factory=dict, metadata=ADDRESS)
     """Dataset -> address of its shards (s3://, http://, a folder) in place of data/shards/<dataset>."""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,16 @@ from cigpose.config.model import ModelConfig
 from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
 from cigpose.config.training import AugmentationConfig, TrainConfig
 from cigpose.keypoints import KeypointSet, keypoint_set
-from cigpose.schema import LARGEST, ConfigError, from_mapping, require_between, require_name, to_mapping
+from cigpose.schema import (
+    LARGEST,
+    ConfigError,
+    from_mapping,
+    public_marks,
+    public_values,
+    require_between,
+    require_name,
+    to_mapping,
+)
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -59,8 +68,20 @@ class Config:
         return keypoint_set(self.keypoints)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, as params.yaml holds them."""
+        """Plain values, as params.yaml holds them: for this machine alone. See `to_public_mapping`."""
         return to_mapping(self)
+
+    def to_public_mapping(self) -> dict[str, Any]:
+        """Plain values that may be shown and leave the machine: without private ones, addresses without credentials.
+
+        They are a whole experiment again (`config_from_mapping`).
+        """
+        return public_params(self.to_mapping())
+
+
+def public_params(values: Any, path: str = "") -> Any:
+    """Values of params.yaml, or those at `path` in it, as they may leave the machine."""
+    return public_values(values, public_marks(Config), path)
 
 
 def config_from_mapping(values: Mapping[str, Any]) -> Config:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cigpose.keypoints import KeypointSet, parts_with_whole
-from cigpose.schema import ConfigError, require_between
+from cigpose.schema import ADDRESS, ConfigError, require_between
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 """pycocotools' ten figures, in its order. -1 where there is nothing to measure."""
@@ -80,7 +80,7 @@ class RegistryConfig:
     experiment: str
     margin: float = 0.0
     """A challenger becomes champion when its metric is better by more than this."""
-    tracking_uri: str | None = None
+    tracking_uri: str | None = field(default=None, metadata=ADDRESS)
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
     pictures: int = 16
     """Sample predictions logged with the model."""

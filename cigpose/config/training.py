@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import LARGEST, require, require_between
+from cigpose.schema import ADDRESS, LARGEST, require, require_between
 
 LONGEST = 100_000
 """Most epochs: the rate of every step is computed before the first."""
@@ -132,7 +132,7 @@ class CheckpointConfig:
     every_minutes: float | None = 10.0
     """Whichever of the two comes first; a checkpoint is always written at the end of a validated epoch."""
     keep: int = 2
-    address: str | None = None
+    address: str | None = field(default=None, metadata=ADDRESS)
     """Folder or fsspec address (s3://...); null: .runs/ beside params.yaml."""
 
     def __post_init__(self) -> None:

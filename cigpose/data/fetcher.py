@@ -17,6 +17,7 @@ from cigpose.data.manifest import MANIFEST, Entry, entry_of
 from cigpose.data.sources import SourceFile
 from cigpose.data.transfer import PartialFile, StoppedError, Transfer
 from cigpose.data.web import Patience, TransferError
+from cigpose.files.addresses import host_of
 
 
 class DownloadError(ValueError):
@@ -143,7 +144,7 @@ class Fetcher:
         return f"{self.options.mirror.rstrip('/')}/{parts.netloc}{parts.path}{query}"
 
     def _host(self, url: str) -> str:
-        return urlsplit(self._mirrored(url)).netloc
+        return host_of(self._mirrored(url))
 
     def _advice(self, job: Job, reasons: Sequence[str]) -> str:
         """What to do when no host gives a file."""

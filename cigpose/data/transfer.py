@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
 import tenacity
 
 from cigpose.data.web import LONGEST_WAIT_S, Patience, TransferError, TryAgainError, body, failure, open_file
+from cigpose.files.addresses import host_of
 
 
 class StoppedError(Exception):
@@ -121,7 +121,7 @@ class Transfer:
     @property
     def host(self) -> str:
         """The server's name, for messages."""
-        return urlsplit(self.url).netloc
+        return host_of(self.url)
 
     def run(self) -> None:
         """Transfer until `partial` is whole. Its digest is the caller's to check.

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from urllib.parse import urlsplit
 
 import requests
 import tenacity
 import urllib3
 
 from cigpose.data.drive import confirmed_address, explain_page, is_drive
+from cigpose.files.addresses import host_of
 
 CHUNK = 1 << 16
 LONGEST_WAIT_S = 60.0
@@ -64,7 +64,7 @@ def open_file(
         TryAgainError: not now.
         TransferError: not at all.
     """
-    host = urlsplit(url).netloc
+    host = host_of(url)
     try:
         response = _get(session, url, headers, patience, host)
         if not _is_page(response):
@@ -109,7 +109,7 @@ def get_text(url: str, patience: Patience, on_wait: Callable[[str, float], None]
     Raises:
         TransferError: no answer, or another one.
     """
-    host = urlsplit(url).netloc
+    host = host_of(url)
 
     def attempt() -> str | None:
         try:

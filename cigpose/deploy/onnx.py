@@ -113,7 +113,7 @@ def export_onnx(
             raise ValueError(f"{path}: torch.onnx.export gave no program. Is torch 2.9 or newer installed?")
         program.model.metadata_props.update(
             {
-                CONFIG_KEY: json.dumps(config.to_mapping()),
+                CONFIG_KEY: json.dumps(config.to_public_mapping()),
                 OUTPUTS_KEY: " ".join(outputs),
                 NAMES_KEY: " ".join(config.keypoint_set.names),
             }

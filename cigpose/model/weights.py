@@ -119,7 +119,7 @@ def save_weights(
     Args:
         path: the `.safetensors` file; an existing one is replaced.
         state_dict: tensors on any device.
-        config: the experiment, stored as JSON in the file's metadata under `config`.
+        config: the experiment, stored as JSON in the file's metadata under `config`, without what is private.
         extra: more metadata, e.g. `{"epoch": "12"}`.
 
     Raises:
@@ -128,7 +128,7 @@ def save_weights(
     path = Path(path)
     refuse_non_finite(state_dict, path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
-    metadata = {**(extra or {}), CONFIG_KEY: json.dumps(config.to_mapping(), sort_keys=True)}
+    metadata = {**(extra or {}), CONFIG_KEY: json.dumps(config.to_public_mapping(), sort_keys=True)}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_bytes(safetensors.torch.save(tensors, metadata))

@@ -33,6 +33,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cigpose.data.remote import S3_ENDPOINTS
+from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import replace_folder, sync
 
 STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "complete.json"
@@ -142,7 +143,8 @@ class CheckpointStore:
             try:
                 return name, *self.load(name)
             except (CheckpointError, OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
-                warnings.warn(f"{self.address}/{name} is damaged and passed over: {err}", stacklevel=2)
+                message = f"{self.address}/{name} is damaged and passed over: {err}"
+                warnings.warn(without_credentials(message), stacklevel=2)
                 faults.append(f"{name}: {err}")
         if faults:
             raise CheckpointError(

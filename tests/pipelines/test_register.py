@@ -1,6 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +48,12 @@ def evaluation(
             "not_comparable",
             "another protocol (flip_test True, here False)",
         ),
+        (evaluation(-1.0), None, 0.0, "not_measured", "whole/AP is -1, so nothing it can do was measured"),
+        (evaluation(0.0), None, 0.0, "not_measured", "whole/AP is 0,"),
+        (evaluation(float("nan")), evaluation(0.5), 0.0, "not_measured", "whole/AP is nan,"),
+        (evaluation(float("nan")), None, 0.0, "not_measured", "version 2 stays challenger"),
+        (evaluation(0.0), evaluation(-1.0), 0.0, "not_measured", "stays challenger"),
+        (evaluation(0.1), evaluation(float("nan")), 0.0, "better", "new champion"),
         (evaluation(0.9), evaluation(0.5, metric="foot/AP"), 0.0, "not_comparable", "it has no whole/AP"),
     ],
     ids=[
@@ -53,6 +65,12 @@ def evaluation(
         "beyond margin",
         "other people",
         "other protocol",
+        "nothing labelled, first",
+        "zero, first",
+        "no number",
+        "no number, first",
+        "zero, against nothing",
+        "after one that measured nothing",
         "other metric",
     ],
 )
@@ -199,6 +217,36 @@ def test_nothing_is_registered_without_the_metric_to_compare_by(project: Path, t
     (project / "data/metrics/evaluate.json").write_text(json.dumps({"body": {"AP": 0.45}}))
     assert register.main([]) == 1
     assert "data/metrics/evaluate.json: no whole/AP (evaluate.metric)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_is_one_sentence_and_a_rerun_registers_once(
+    project: Path, trained, make_config, mlflow_server
+) -> None:
+    config = make_config(tracking_uri=mlflow_server.address)
+    run_id = trained(config, seed=1, whole_ap=0.5)
+    assert run_id.startswith("local-")
+    command = [sys.executable, "-m", "pipelines.register"]  # a fresh process, without what earlier tests have set
+    started = time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_HTTP")}
+    away = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert time.monotonic() - started < 30  # of which most is the start of Python and MLflow
+    assert away.returncode == 1
+    assert re.fullmatch(
+        r"register: MLflow at http\S+ does not answer \(ConnectionError\)\. Nothing is lost: .*\n", away.stderr
+    )
+    with socket.socket() as silent:  # takes the connection, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(tracking.UnreachableError, match="does not answer"):
+            tracking.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - started < 10
+    mlflow_server.start()
+    for _ in range(2):
+        registered = register.register(config, project)
+        assert MlflowClient(mlflow_server.address).get_run(registered["run_id"]).data.tags["cigpose.local_id"] == run_id
+    assert len(MlflowClient(mlflow_server.address).search_model_versions(f"name = '{MODEL}'")) == 1
 
 
 def test_a_run_that_mlflow_does_not_have_is_named(project: Path, trained, config: Config, capsys) -> None:

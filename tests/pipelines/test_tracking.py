@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +123,62 @@ def test_a_line_cut_short_by_a_kill_is_left_out(project: Path, config: Config, a
     again.log_metrics({"loss": 2.0}, 2)
     again.finish()
     assert history(tracking.connect(address), again.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("glued", [True, False], ids=["more behind it", "the last line"])
+def test_a_half_line_of_a_full_disk_is_left_out(
+    project: Path, config: Config, address: str, caplog: pytest.LogCaptureFixture, glued: bool
+) -> None:
+    first = tracking.start_run(config, run_folder=project / ".runs/a")
+    first.log_metrics({"loss": 1.0}, 1)
+    first.finish()
+    record = '{"do": "metrics", "step": 2, "values": {"loss": 2.0}, "time": 1}'
+    with (project / ".runs/a/tracking.jsonl").open("a") as file:
+        file.write(record[:30] + record + "\n" + (record + "\n" if glued else ""))
+    again = tracking.start_run(config, run_folder=project / ".runs/a")
+    again.log_metrics({"loss": 3.0}, 3)
+    again.finish()
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0)] if glued else [(1, 1.0), (3, 3.0)]
+    assert history(tracking.connect(address), again.run_id, "loss") == expected
+    assert caplog.text.count("is broken, expected a JSON object") == glued
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_no_half_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(project / ".runs/a")
+    spool.acquire()
+    spool.append({"do": "tags", "values": {}})
+    before = spool.records_path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))  # the kernel writes 20 bytes more
+        with pytest.raises(OSError):
+            spool.append({"do": "tags", "values": {"a": "x" * 100}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert spool.records_path.read_bytes() == before
+    spool.append({"do": "tags", "values": {"b": "y"}})
+    assert [record["values"] for _, record in spool.records()] == [{}, {"b": "y"}]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"local_id"'])
+def test_a_spoilt_state_of_another_run_stops_nobody(
+    project: Path, config: Config, address: str, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    with tracking.start_run(config, run_folder=project / ".runs/a") as run:
+        run.log_metrics({"loss": 1.0}, 1)
+    spoilt = tracking.start_run(config, run_folder=project / ".runs/b")
+    spoilt.finish()
+    (project / ".runs/b/tracking.json").write_text(content)
+    client = tracking.connect(address)
+    assert tracking.resolve_run_id(client, config, run.run_id, project / ".runs", address) == run.run_id
+    assert ".runs/b/tracking.json: not readable" in caplog.text
+    again = tracking.start_run(config, run_folder=project / ".runs/b")
+    again.finish()
+    assert client.get_run(again.run_id).info.status == "FINISHED"
 
 
 def test_shards_are_logged_with_digest_and_dvc_hash(project: Path, config: Config, address: str) -> None:

@@ -124,7 +124,8 @@ def test_changed_shards_are_named_before_anything_starts(stage: Stage) -> None:
 def test_checkpoints_of_other_params_at_an_address_are_refused_until_restart(stage: Stage, tmp_path: Path) -> None:
     begun = time.time()
     address = {"every_steps": 2, "every_minutes": None, "keep": 1, "address": str(tmp_path / "kept")}
-    short = {"train__epochs": 1, "train__checkpoint": address}
+    personal = {"videos.zip": "HANDED-OUT-TO-ME"}
+    short = {"train__epochs": 1, "train__checkpoint": address, "data__download__drive_ids": personal}
     stage.params(**short)
     assert stage.run()[0] == 0
     expected = (stage.folder / "data/model/model.safetensors").read_bytes()
@@ -139,3 +140,6 @@ def test_checkpoints_of_other_params_at_an_address_are_refused_until_restart(sta
     assert "seed: 0 there, 8 now" in output and "--restart" in output
     code, output = stage.run("--restart")
     assert code == 0, output[-2000:]
+    kept = [path for folder in (stage.folder, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    holders = {path.name for path in kept if b"HANDED-OUT-TO-ME" in path.read_bytes()}
+    assert holders == {"params.yaml"} and b"HANDED-OUT" not in (stage.folder / "data/model/params.yaml").read_bytes()
