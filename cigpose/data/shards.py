@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ from cigpose.data.crowdpose import read_crowdpose
 from cigpose.data.ground_truth import write_ground_truth
 from cigpose.data.intake import Frame, Intake
 from cigpose.data.manifest import MANIFEST, read_manifest
+from cigpose.data.shard_index import FORMAT, INDEX, ShardEntry, ShardIndex, read_index
 from cigpose.data.shard_jobs import run_jobs, sync_file, write_json
 from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs
 from cigpose.data.ubody import read_frames, read_ubody
 from cigpose.progress import progress as show_progress
 
-FORMAT = 1
-INDEX = "index.json"
 GROUND_TRUTH = "annotations.json"
 
 _READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Pictures]] = {
@@ -38,74 +37,6 @@ _READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Picture
     "crowdpose": (read_crowdpose, read_photographs),
     "ubody": (read_ubody, read_frames),
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardEntry:
-    """One tar as the index lists it."""
-
-    name: str
-    sha256: str
-    bytes: int
-    images: int
-    persons: int
-    detections: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardIndex:
-    """index.json: what a dataset's shards hold and where that came from."""
-
-    format: int
-    dataset: str
-    keypoints: str
-    """Name of the keypoint set."""
-    num_keypoints: int
-    images: int
-    persons: int
-    detections: int
-    dropped: dict[str, int]
-    """Reason -> persons (or detections) left out by the rule."""
-    sources: dict[str, str]
-    """File the shards were made from -> sha256."""
-    ground_truth: str | None
-    """File beside the index, or None."""
-    shards: tuple[ShardEntry, ...]
-    bad: dict[str, Any] = field(default_factory=dict)
-    """`count` of unreadable persons and the first `examples` in words."""
-    mended: dict[str, int] = field(default_factory=dict)
-    """What was put right -> how many pictures."""
-
-
-def parse_index(text: str | bytes, where: str) -> ShardIndex:
-    """An index from its JSON, wherever that was read from.
-
-    Raises:
-        DataError: it is not an index of this format.
-    """
-    try:
-        values = json.loads(text)
-        if values["format"] != FORMAT:
-            raise DataError(
-                f"{where}: format {values['format']}, this version reads {FORMAT}. Shard the data again: `dvc repro`."
-            )
-        shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-        return ShardIndex(**values, shards=shards)
-    except (KeyError, TypeError, json.JSONDecodeError) as err:
-        raise DataError(f"{where}: not an index of shards ({err}). Shard the data again: `dvc repro`.") from err
-
-
-def read_index(folder: Path) -> ShardIndex:
-    """The index of the shards in a local folder.
-
-    Raises:
-        FileNotFoundError: no index there: the folder was not sharded, or not to the end.
-        DataError: it is not an index of this format.
-    """
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found. `python -m pipelines.shard KEY` makes the shards.")
-    return parse_index(path.read_bytes(), str(path))
 
 
 def verify(folder: Path, *, digests: bool = True) -> ShardIndex:

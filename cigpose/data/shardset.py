@@ -20,7 +20,7 @@ import orjson
 from cigpose.data.archives import DataError, Extent, list_members, sha256_of
 from cigpose.data.plan import ShardCount
 from cigpose.data.remote import cached_shard, is_remote, read_remote
-from cigpose.data.shards import INDEX, ShardEntry, ShardIndex, parse_index, read_index
+from cigpose.data.shard_index import INDEX, LARGEST_INDEX, ShardEntry, ShardIndex, parse_index, read_index
 
 AGAIN = "Delete it and run `dvc repro shard`."
 MAX_OPEN = 64
@@ -74,7 +74,7 @@ class ShardSet:
         address = locations.get(dataset, str(root / dataset))
         if is_remote(address):
             where = f"{address.rstrip('/')}/{INDEX}"
-            return cls(dataset, address.rstrip("/"), parse_index(read_remote(where), where), cache, verify)
+            return cls(dataset, address.rstrip("/"), parse_index(read_remote(where, LARGEST_INDEX), where), cache, verify)
         shards = cls(dataset, address, read_index(Path(address)), cache, verify)
         for entry in shards.index.shards:
             path = Path(address) / entry.name

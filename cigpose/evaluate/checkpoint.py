@@ -14,7 +14,7 @@ from torch import nn
 
 from cigpose.config import Config
 from cigpose.data.loader import eval_loader
-from cigpose.data.remote import is_remote, read_remote
+from cigpose.data.remote import LARGEST_TRUTH, is_remote, read_remote
 from cigpose.data.shardset import ShardFiles, ShardSet
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth, parse_ground_truth
@@ -124,7 +124,9 @@ def dataset_truth(shards: ShardSet, config: Config) -> GroundTruth:
         )
     place = f"{shards.address}/{shards.index.ground_truth}"
     if is_remote(shards.address):
-        return parse_ground_truth(read_remote(place), config.keypoint_set, area=config.evaluate.area, where=place)
+        return parse_ground_truth(
+            read_remote(place, LARGEST_TRUTH), config.keypoint_set, area=config.evaluate.area, where=place
+        )
     return load_ground_truth(Path(place), config.keypoint_set, area=config.evaluate.area)
 
 
