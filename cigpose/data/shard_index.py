@@ -13,7 +13,9 @@ from typing import Any
 
 from cigpose.data.archives import DataError
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, FORMAT)
+"""Format 1 had no digest of the ground truth, which is then read unchecked; everything else is the same."""
 INDEX = "index.json"
 LARGEST_INDEX = 256 << 20
 """Bytes; a shard takes about 250 of them."""
@@ -55,6 +57,8 @@ class ShardIndex:
     """File the shards were made from -> sha256."""
     ground_truth: str | None
     """File beside the index, or None."""
+    ground_truth_sha256: str | None = None
+    """Of that file; None without one, or in an index of format 1."""
     shards: tuple[ShardEntry, ...]
     bad: dict[str, Any] = field(default_factory=dict)
     """`count` of unreadable persons and the first `examples` in words."""
@@ -76,9 +80,9 @@ def parse_index(text: str | bytes, where: str) -> ShardIndex:
         values = json.loads(text)
         if not isinstance(values, dict) or "format" not in values:
             raise _Fault("no JSON object with a format")
-        if values["format"] != FORMAT or isinstance(values["format"], bool):
-            found = repr(values["format"])[:40]
-            raise DataError(f"{where}: format {found}, this version reads {FORMAT}. Shard the data again: `dvc repro`.")
+        if values["format"] not in _READABLE or type(values["format"]) is not int:
+            found, readable = _short(values["format"]), " and ".join(map(str, _READABLE))
+            raise DataError(f"{where}: format {found}, this version reads {readable}. Shard the data again: `dvc repro`.")
         entries = values.get("shards")
         if not isinstance(entries, list) or not entries:
             raise _Fault("it lists no shards")
@@ -138,6 +142,11 @@ def _index(values: dict[str, Any], shards: tuple[ShardEntry, ...]) -> ShardIndex
     truth = values["ground_truth"]
     if truth is not None and (not _is_plain(truth, ".json") or truth == INDEX):
         raise _Fault(f"ground_truth is {_short(truth)}, expected a plain name that ends in .json")
+    digest = values.get("ground_truth_sha256")
+    if digest is not None and not _is_sha256(digest):
+        raise _Fault(f"ground_truth_sha256 is {_short(digest)}, expected 64 hex digits")
+    if (truth is None and digest is not None) or (truth is not None and digest is None and values["format"] > 1):
+        raise _Fault("ground_truth and ground_truth_sha256 come together or not at all")
     for key, is_right in (("dropped", _is_count), ("mended", _is_count), ("sources", _is_sha256)):
         table = values.get(key, {})
         if not isinstance(table, dict) or not all(map(is_right, table.values())):

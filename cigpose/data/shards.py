@@ -40,11 +40,11 @@ _READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Picture
 
 
 def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
-    """Check that every shard is there as the index says, by size and (slower) by sha256.
+    """Check that every shard and the ground truth are there as the index says, by size and (slower) by sha256.
 
     Raises:
-        FileNotFoundError: the index or a shard is missing.
-        DataError: a shard differs.
+        FileNotFoundError: the index, a shard or the ground truth is missing.
+        DataError: one of them differs.
     """
     folder = Path(folder)
     index = read_index(folder)
@@ -57,8 +57,12 @@ def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
             raise DataError(f"{path}: {size} bytes, index.json says {shard.bytes}. {again}")
         if digests and (digest := sha256_of(path)) != shard.sha256:
             raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {shard.sha256[:12]}.... {again}")
-    if index.ground_truth is not None and not (folder / index.ground_truth).is_file():
-        raise FileNotFoundError(f"{folder / index.ground_truth}: not found, but index.json names it. {again}")
+    if index.ground_truth is not None:
+        path, wanted = folder / index.ground_truth, index.ground_truth_sha256
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json names it. {again}")
+        if digests and wanted is not None and (digest := sha256_of(path)) != wanted:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {again}")
     return index
 
 
@@ -136,13 +140,21 @@ def _write(
         write_ground_truth(intake, partial / GROUND_TRUTH, lost)
     for sync in synced:
         sync.result()
-    index = _index(config, key, intake, shards, digests.result())
+    truth = sha256_of(partial / GROUND_TRUTH) if dataset.ground_truth else None
+    index = _index(config, key, intake, shards, digests.result(), truth)
     _clear(partial, shards)
     write_json(partial / INDEX, asdict(index))
     return index
 
 
-def _index(config: Config, key: str, intake: Intake, shards: list[ShardStats], digests: dict[str, str]) -> ShardIndex:
+def _index(
+    config: Config,
+    key: str,
+    intake: Intake,
+    shards: list[ShardStats],
+    digests: dict[str, str],
+    truth_sha256: str | None,
+) -> ShardIndex:
     filled = [shard for shard in shards if shard.images]
     if not filled:
         raise DataError(f"{key}: no picture could be read: {'; '.join(intake.bad.examples) or dict(intake.dropped)}.")
@@ -157,7 +169,8 @@ def _index(config: Config, key: str, intake: Intake, shards: list[ShardStats], d
         detections=sum(shard.detections for shard in filled),
         dropped={reason: count for reason, count in sorted(intake.dropped.items()) if count},
         sources=digests,
-        ground_truth=GROUND_TRUTH if config.data.datasets[key].ground_truth else None,
+        ground_truth=None if truth_sha256 is None else GROUND_TRUTH,
+        ground_truth_sha256=truth_sha256,
         shards=tuple(ShardEntry(**{column: getattr(shard, column) for column in columns}) for shard in filled),
         bad={"count": intake.bad.count, "examples": intake.bad.examples},
         mended=dict(sorted(intake.mended.items())),

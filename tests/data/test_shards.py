@@ -110,7 +110,7 @@ def test_the_index_says_what_is_there(raw: Path, sharder: Any) -> None:
     assert read_index(sharder.folder) == verify(sharder.folder) == index
     values = json.loads((sharder.folder / "index.json").read_text())
     assert (values["format"], values["dataset"], values["keypoints"], values["num_keypoints"]) == (
-        1,
+        2,
         "people",
         "stick",
         2,
@@ -265,7 +265,11 @@ def test_verify_notices_every_change(raw: Path, sharder: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"people-00001.tar: not found, but index.json lists it"):
         verify(sharder.folder)
     path.write_bytes(good)
-    (sharder.folder / "annotations.json").unlink()
+    truth = sharder.folder / "annotations.json"
+    truth.write_bytes(truth.read_bytes().replace(b"[2,2,9,9]", b"[2,2,8,9]").replace(b"[2, 2, 9, 9]", b"[2, 2, 8, 9]"))
+    with pytest.raises(ValueError, match=r"annotations.json: sha256 is .*index.json says .*Delete .* and run"):
+        verify(sharder.folder)
+    truth.unlink()
     with pytest.raises(FileNotFoundError, match=r"annotations.json: not found"):
         verify(sharder.folder)
 
@@ -318,6 +322,9 @@ TOTALS = {"images": 2, "persons": 3, "detections": 0, "ground_truth": None}
         ({"num_keypoints": "2"}, {}, r"num_keypoints is '2'"),
         ({"dropped": {"crowd": -1}}, {}, r"dropped is \{'crowd': -1\}"),
         ({"sources": {"a.zip": "b"}}, {}, r"sources is \{'a.zip': 'b'\}"),
+        ({"format": 2, "ground_truth": "annotations.json"}, {}, r"ground_truth and ground_truth_sha256 come together"),
+        ({"ground_truth_sha256": "b" * 64}, {}, r"ground_truth and ground_truth_sha256 come together"),
+        ({"ground_truth": "a.json", "ground_truth_sha256": "../a"}, {}, r"ground_truth_sha256 is '../a', expected 64"),
         ({"bad": {"count": "x"}}, {}, r"bad is \{'count': 'x'\}"),
         ({"more": 1}, {}, r"the index has a key 'more'"),
     ],
