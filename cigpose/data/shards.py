@@ -25,9 +25,10 @@ from cigpose.data.ground_truth import write_ground_truth
 from cigpose.data.intake import Frame, Intake
 from cigpose.data.manifest import MANIFEST, read_manifest
 from cigpose.data.shard_index import FORMAT, INDEX, ShardEntry, ShardIndex, read_index
-from cigpose.data.shard_jobs import run_jobs, sync_file, write_json
+from cigpose.data.shard_jobs import run_jobs
 from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs
 from cigpose.data.ubody import read_frames, read_ubody
+from cigpose.files.atomic import claimed, clear_leftovers, replace_folder, sync, write_json
 from cigpose.progress import progress as show_progress
 
 GROUND_TRUTH = "annotations.json"
@@ -73,7 +74,7 @@ def write_dataset(
 
     Everything is written to `<out_root>/<key>.partial`, which becomes `<out_root>/<key>` when it is complete. A run
     that was killed leaves the partial folder, and the next keeps its finished shards if sources and parameters are the
-    same; one that fails leaves nothing.
+    same; one that fails leaves nothing. A dataset is sharded by one process at a time.
 
     Args:
         config: the experiment.
@@ -86,26 +87,31 @@ def write_dataset(
         DataError: unknown key, unreadable file, more bad samples than allowed, or no person at all.
         FileNotFoundError: a raw file is missing.
         ChildProcessError: a process of several was killed.
+        ClaimedError: another process shards this dataset.
     """
     if key not in config.data.datasets:
         raise DataError(f"data.datasets: no dataset {key!r}. There are: {', '.join(config.data.datasets)}.")
     if "." in key or "/" in key:
         raise DataError(f"data.datasets.{key}: a dataset's name must have no dot and no slash; shards are named by it.")
     dataset = config.data.datasets[key]
-    partial = Path(out_root) / f"{key}.partial"
+    final, partial = Path(out_root) / key, Path(out_root) / f"{key}.partial"
     raw = Path(raw_root) / dataset.raw
     sources = _source_paths(dataset, raw)
-    _prepare(partial, _fingerprint(config, key, sources))
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            digests = thread.submit(_digests, raw, sources)
-            index = _write(config, key, raw, partial, digests, progress)
-    except ChildProcessError:
-        raise
-    except (ValueError, OSError):
-        shutil.rmtree(partial, ignore_errors=True)  # the input must change, and then nothing of it can be kept
-        raise
-    _publish(partial, Path(out_root) / key)
+    # Not in out_root: DVC takes its digest, and a lock's content is another every time.
+    lock = Path(out_root).with_name(f".{Path(out_root).name}-{key}.lock")
+    with claimed(lock, f"a sharding of {key}"):
+        clear_leftovers(final)
+        _prepare(partial, _fingerprint(config, key, sources))
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                digests = thread.submit(_digests, raw, sources)
+                index = _write(config, key, raw, partial, digests, progress)
+        except ChildProcessError:
+            raise
+        except (ValueError, OSError):
+            shutil.rmtree(partial, ignore_errors=True)  # the input must change, and then nothing of it can be kept
+            raise
+        replace_folder(partial, final)
     return index
 
 
@@ -130,7 +136,7 @@ def _write(
     with ThreadPoolExecutor(1) as disk, progress(total=images, desc=f"shard {key}", unit="image") as bar:
         for job, stats in run_jobs(jobs, pictures, sharding.processes):
             shards.append(stats)
-            synced.append(disk.submit(sync_file, job.path))
+            synced.append(disk.submit(sync, job.path))
             intake.bad.merge(stats.bad)
             intake.dropped.update(stats.dropped)
             intake.bad.check(total, sharding.max_bad_share, key)
@@ -138,12 +144,12 @@ def _write(
     if dataset.ground_truth:
         lost.update(image_id for shard in shards for image_id in shard.lost)
         write_ground_truth(intake, partial / GROUND_TRUTH, lost)
-    for sync in synced:
-        sync.result()
+    for done in synced:
+        done.result()
     truth = sha256_of(partial / GROUND_TRUTH) if dataset.ground_truth else None
     index = _index(config, key, intake, shards, digests.result(), truth)
     _clear(partial, shards)
-    write_json(partial / INDEX, asdict(index))
+    write_json(partial / INDEX, asdict(index), sort_keys=True)
     return index
 
 
@@ -274,13 +280,3 @@ def _clear(partial: Path, shards: list[ShardStats]) -> None:
     for file in partial.iterdir():
         if file.name not in keep:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Let the finished folder take the final name, in place of an older one."""
-    old = final.with_name(f"{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
