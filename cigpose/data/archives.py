@@ -368,7 +368,7 @@ def sha256_of(path: Path) -> str:
     if path.is_dir():
         digest = hashlib.sha256()
         for name, extent in _list_folder(path).items():
-            digest.update(f"{sha256_of(Path(extent.path))}  {name}\n".encode())
+            digest.update(f"{sha256_of(Path(extent.path))}  {name}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,19 +27,24 @@ LIST = ""
 """The key under which `split_arrays` yields the elements of a file that is a list."""
 
 
-def parse_element(raw: bytes, where: str) -> Any:
-    """One element as plain values; NaN and Infinity, which are not JSON, are let through for the caller to judge.
+def parse_element(raw: bytes, where: str) -> dict[str, Any]:
+    """One object as plain values; NaN and Infinity, which are not JSON, are let through for the caller to judge.
 
     Raises:
-        DataError: not JSON.
+        DataError: not JSON, or something else than an object.
     """
     try:
-        return orjson.loads(raw)
+        value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            return json.loads(raw)
+            value = json.loads(raw)
+        except RecursionError as err:
+            raise DataError(f"{where}: brackets nested too deep to be read. Mend the file.") from err
         except ValueError as err:
             raise DataError(f"{where}: {bytes(raw[:60])!r} is not JSON ({err}). Download the file again.") from err
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {bytes(raw[:60])!r}, expected an object. Mend the file.")
+    return value
 
 
 def split_arrays(stream: Any, where: str, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:

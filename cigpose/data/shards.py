@@ -122,6 +122,7 @@ def _write(
     read, pictures = _READERS[dataset.reader]
     with Intake(partial, config.keypoint_set, ground_truth=dataset.ground_truth) as intake:
         read(dataset, raw, intake)
+        intake.settle_categories()
     total = max(intake.num_annotations, 1)
     jobs, lost = _plan(config, key, partial, intake)
     intake.bad.check(total, sharding.max_bad_share, key)

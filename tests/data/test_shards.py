@@ -376,6 +376,17 @@ def test_a_jpeg_that_ends_well_but_does_not_decode_is_found_on_demand(
         sharder(raw, **options)
 
 
+def test_a_jpeg_that_was_cut_and_closed_again_is_found_on_demand(raw: Path, sharder: Any) -> None:
+    with zipfile.ZipFile(raw / "images.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["set/4.jpg"] = files["set/4.jpg"][:-200] + b"\xff\xd9"
+    with zipfile.ZipFile(raw / "images.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"image 4 \(4.jpg\): the JPEG's picture data are not whole"):
+        sharder(raw, sharding={"verify_images": True}, **OWN)
+
+
 @pytest.mark.slow
 def test_the_stage_says_what_it_did_or_why_not_in_one_line(raw: Path, tmp_path: Path, root: Path, sharder: Any) -> None:
     folder = tmp_path / "experiment"
