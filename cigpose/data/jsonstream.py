@@ -17,6 +17,7 @@ import orjson
 from cigpose.data.archives import DataError
 
 _CHUNK = 4 << 20
+_LARGEST_ELEMENT = 256 << 20
 _QUOTE = 2
 _KIND = np.zeros(256, np.int8)
 _KIND[[ord("{"), ord("[")]] = 1
@@ -127,6 +128,11 @@ class _Scanner:
             self.last = position + 1
         keep = self.start if self.start >= 0 else self.last
         self.text = self.text[keep:]
+        if len(self.text) > _LARGEST_ELEMENT:
+            raise DataError(
+                f"{self.where}: {len(self.text)} bytes without the end of an element after element {self.count}; no "
+                "annotation is so long. Mend the file."
+            )
         self.last -= keep
         self.start = 0 if self.start >= 0 else -1
 
