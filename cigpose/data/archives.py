@@ -21,6 +21,11 @@ from types import TracebackType
 from typing import Any
 
 _COPY_CHUNK = 4 << 20
+_LARGEST_PICTURE = 1 << 30
+"""Bytes of a member that is read at once."""
+_HARMLESS_SIZE = 64 << 20
+_LARGEST_RATIO = 200
+"""Bytes that one deflated byte may become; text of numbers becomes 3 to 20, a bomb 1000."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HEADER_SLACK = 256
 
@@ -67,7 +72,7 @@ def list_members(path: Path) -> dict[str, Extent]:
         raise FileNotFoundError(f"{path}: not found. Download it, or correct the path in params.yaml.")
     if path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
         return _list_tar(path)
-    return _list_zip(path)
+    return list_zip(path)
 
 
 def _list_folder(path: Path) -> dict[str, Extent]:
@@ -76,13 +81,20 @@ def _list_folder(path: Path) -> dict[str, Extent]:
         subfolders.sort()
         for file in sorted(files):
             full = os.path.join(folder, file)
+            if not os.path.isfile(full):
+                raise DataError(f"{full}: not a file (a pipe, a device, or a link to nothing). Move it away.")
             name = PurePosixPath(os.path.relpath(full, path)).as_posix()
             size = os.path.getsize(full)
             members[name] = Extent(path=full, name=name, offset=0, stored=size, size=size)
     return members
 
 
-def _list_zip(path: Path) -> dict[str, Extent]:
+def list_zip(path: Path) -> dict[str, Extent]:
+    """As `list_members`, of a zip whatever its name.
+
+    Raises:
+        DataError: no zip that can be read, or a member that is a link, points outside or unpacks without measure.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -103,6 +115,11 @@ def _list_zip(path: Path) -> dict[str, Extent]:
             )
         if info.filename in members:
             raise DataError(f"{path}: member {info.filename} is there twice. Pack the zip again.")
+        if info.file_size > max(_HARMLESS_SIZE, _LARGEST_RATIO * info.compress_size):
+            raise DataError(
+                f"{path}: member {info.filename} would unpack {info.compress_size} bytes to {info.file_size}; this "
+                "archive is refused. Get it from its original source."
+            )
         members[info.filename] = Extent(
             path=str(path),
             name=info.filename,
@@ -186,10 +203,13 @@ class ExtentReader:
         Raises:
             DataError: bytes are missing, or do not match size or CRC-32.
         """
+        if max(extent.size, extent.stored) > _LARGEST_PICTURE:
+            raise DataError(f"{extent.where}: {extent.size} bytes, more than any picture has. Download it again.")
         raw = self._stored(extent, extent.stored)
         if extent.deflated:
             try:
-                raw = memoryview(zlib.decompress(raw, -15, extent.size))
+                # One byte more than promised is enough to tell.
+                raw = memoryview(zlib.decompressobj(-15).decompress(raw, extent.size + 1))
             except zlib.error as err:
                 raise DataError(f"{extent.where}: damaged inside the archive ({err}). Download it again.") from err
         if len(raw) != extent.size:
@@ -219,13 +239,11 @@ class ExtentReader:
             if not raw:
                 break
             offset, left = offset + len(raw), left - len(raw)
-            try:
-                piece = inflate.decompress(raw) if inflate else raw
-                piece += inflate.flush() if inflate and not left else b""
-            except zlib.error as err:
-                raise DataError(f"{extent.where}: damaged inside the archive ({err}). Download it again.") from err
-            size, crc = size + len(piece), zlib.crc32(piece, crc) if extent.crc is not None else 0
-            yield piece
+            for piece in _inflated(inflate, raw, extent) if inflate else (raw,):
+                size, crc = size + len(piece), zlib.crc32(piece, crc) if extent.crc is not None else 0
+                if size > extent.size:
+                    raise DataError(f"{extent.where}: more than the {extent.size} bytes promised. Download it again.")
+                yield piece
         if size != extent.size:
             raise DataError(f"{extent.where}: {size} bytes, expected {extent.size}. Download it again.")
         if extent.crc is not None and crc != extent.crc:
@@ -268,6 +286,20 @@ class ExtentReader:
             return extent.offset
         raw = memoryview(os.pread(self._descriptor(extent), 30, extent.offset))
         return extent.offset + self._header_length(extent, raw)
+
+
+def _inflated(inflate: Any, raw: bytes, extent: Extent) -> Iterator[bytes]:
+    """What deflated bytes become, in pieces of bounded size."""
+    while True:
+        try:
+            piece = inflate.decompress(raw, _COPY_CHUNK)
+        except zlib.error as err:
+            raise DataError(f"{extent.where}: damaged inside the archive ({err}). Download it again.") from err
+        if piece:
+            yield piece
+        raw = inflate.unconsumed_tail
+        if not raw and len(piece) < _COPY_CHUNK:
+            return
 
 
 class _ChunkStream:
@@ -368,7 +400,7 @@ def sha256_of(path: Path) -> str:
     if path.is_dir():
         digest = hashlib.sha256()
         for name, extent in _list_folder(path).items():
-            digest.update(f"{sha256_of(Path(extent.path))}  {name}\n".encode())
+            digest.update(f"{sha256_of(Path(extent.path))}  {name}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from cigpose.config import DatasetConfig
 from cigpose.data.archives import DataError, Extent, MemberLookup, list_members, open_spec, split_spec
 from cigpose.data.intake import Intake, Picture
 from cigpose.data.jsonstream import LIST, parse_element, split_arrays
+from cigpose.data.persons import is_id, shown
 
+_LARGEST_SIDE = 65_535
+"""Pixels; the most that a JPEG can have."""
 Mend = Callable[[dict[str, Any], Extent], tuple[int, int]]
 """Image entry and its picture -> the picture's (width, height), where the entry is known to be unreliable."""
 
@@ -40,7 +45,7 @@ def read_coco(dataset: DatasetConfig, raw: Path, intake: Intake, mend_size: Mend
             continue
         annotation = parse_element(element, f"{name}: annotation {intake.num_annotations + 1} of the list")
         intake.num_annotations += 1
-        where = f"{name}: annotation {annotation.get('id')}"
+        where = f"{name}: annotation {shown(annotation.get('id'))}"
         if problem := _id_problem(annotation, seen, places):
             intake.bad.add(f"{where}: {problem}")
             continue
@@ -65,8 +70,8 @@ def read_detections(raw: Path, spec: str, intake: Intake, places: dict[int, int]
         where = f"{name}: box {number}"
         detection = parse_element(element, where)
         image_id = detection.get("image_id")
-        if image_id not in places:
-            intake.bad.add(f"{where}: image id {image_id} is not in the annotation file")
+        if not is_id(image_id) or image_id not in places:
+            intake.bad.add(f"{where}: image id {shown(image_id)} is not in the annotation file")
             continue
         intake.add_detection(detection, places[image_id], where)
     if not number:
@@ -86,7 +91,7 @@ def _read_images(
             continue
         entry = parse_element(element, f"{name}: image {len(places) + 1} of the list")
         if problem := _entry_problem(entry, places):
-            intake.bad.add(f"{name}: image {entry.get('id')}: {problem}")
+            intake.bad.add(f"{name}: image {shown(entry.get('id'))}: {problem}")
             continue
         source = lookup.find(entry["file_name"])
         size = (entry["width"], entry["height"])
@@ -103,37 +108,40 @@ def _read_images(
             source=source,
         )
         places[entry["id"]] = intake.add_picture(picture, entry)
+    if not places and intake.bad.count:
+        raise DataError(f"{raw / name}: none of its images can be used: {'; '.join(intake.bad.examples)}. Mend the file.")
     if not places:
         raise DataError(f"{raw / name}: lists no images. Expected COCO-keypoints JSON with a list `images`.")
     return places
 
 
 def _entry_problem(entry: dict[str, Any], places: dict[int, int]) -> str | None:
-    if not _is_id(entry.get("id")):
+    if not is_id(entry.get("id")):
         return "its id is not a whole number from 0"
     if entry["id"] in places:
         return "its id is listed twice"
     if not isinstance(entry.get("file_name"), str):
         return "it has no file_name"
+    try:
+        orjson.dumps(entry)
+    except orjson.JSONEncodeError as err:  # half of a surrogate pair in a name, a number of more than 64 bits
+        return f"it cannot be written as JSON ({err})"
     for side in ("width", "height"):
-        if not isinstance(entry.get(side), int) or entry[side] <= 0:
-            return f"its {side} is {entry.get(side)!r}, expected pixels"
+        if type(entry.get(side)) is not int or not 0 < entry[side] <= _LARGEST_SIDE:
+            return f"its {side} is {shown(entry.get(side))}, expected pixels"
     return None
 
 
 def _id_problem(annotation: dict[str, Any], seen: set[int], places: dict[int, int]) -> str | None:
-    if not _is_id(annotation.get("id")):
+    if not is_id(annotation.get("id")):
         return "its id is not a whole number from 0"
     if annotation["id"] in seen:
         return "its id is there twice"
     seen.add(annotation["id"])
-    if annotation.get("image_id") not in places:
-        return f"its image id {annotation.get('image_id')} is not in `images`"
+    image_id = annotation.get("image_id")
+    if not is_id(image_id) or image_id not in places:
+        return f"its image id {shown(image_id)} is not in `images`"
     return None
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _elements(raw: Path, spec: str, wanted: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:

@@ -6,7 +6,8 @@ hosts that gives it. Whether a file is right is decided by, in this order:
 1. the index at the root of `data.download.mirror` (manifest.json or SHA256SUMS), for the files it lists: whoever names
    a mirror trusts it, and manifest.json tells of each file whether it is also the published one;
 2. the published size and digests (`cigpose.data.sources`);
-3. what manifest.json in the raw folder recorded at the first download.
+3. what manifest.json in the raw folder recorded at the first download;
+4. the structure of its format, read to the end: the line that reports the file says what that proves.
 
 Archives are never unpacked. Bytes on their way are in `.partial/` until they are whole and verified.
 """
@@ -86,7 +87,13 @@ def fetch(
             _announce(folder, jobs, missing, index, options, say)
             _check_disk(folder, missing)
             entries = _verify([job for job in jobs if job not in missing])
-            entries |= Fetcher(folder / PARTIAL, options, patience, say).run(missing)
+            pinned = recorded | entries
+
+            def pin(entry: Entry) -> None:
+                pinned[entry.file] = entry
+                write_manifest(folder, pinned.values())
+
+            entries |= Fetcher(folder / PARTIAL, options, patience, say).run(missing, pin)
             write_manifest(folder, entries.values())
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     except DownloadError:

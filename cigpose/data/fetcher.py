@@ -47,8 +47,12 @@ class Fetcher:
         self.folder, self.options, self.patience, self.say = folder, options, patience, say
         self.stop = threading.Event()
 
-    def run(self, jobs: Sequence[Job]) -> dict[str, Entry]:
+    def run(self, jobs: Sequence[Job], on_entry: Callable[[Entry], None]) -> dict[str, Entry]:
         """Fetch all of them; one that fails does not keep the others from coming.
+
+        Args:
+            jobs: the files.
+            on_entry: called with each as it is in place, so that its digest is recorded whatever becomes of the others.
 
         Raises:
             DownloadError: a line for each file that no host gives.
@@ -61,20 +65,24 @@ class Fetcher:
             ThreadPoolExecutor(max(1, self.options.parallel_files)) as pool,
         ):
             try:
-                return self._collect({pool.submit(self._fetch, job, board): job.source.name for job in jobs}, board)
+                futures = {pool.submit(self._fetch, job, board): job.source.name for job in jobs}
+                return self._collect(futures, board, on_entry)
             except BaseException:
                 self.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _collect(self, futures: Mapping[Future[Entry], str], board: Board) -> dict[str, Entry]:
+    def _collect(
+        self, futures: Mapping[Future[tuple[Entry, str]], str], board: Board, on_entry: Callable[[Entry], None]
+    ) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         failures: list[str] = []
         for future in as_completed(futures):
             name = futures[future]
             try:
-                entries[name] = future.result()
-                board.write(f"{name}: {human_bytes(entries[name].bytes)}, verified", self.say)
+                entries[name], checked = future.result()
+                on_entry(entries[name])
+                board.write(f"{name}: {human_bytes(entries[name].bytes)}, {checked}", self.say)
             except StoppedError:
                 continue  # what stopped it comes from another future
             except DownloadError as err:
@@ -85,8 +93,8 @@ class Fetcher:
             raise DownloadError("\n".join(failures))
         return entries
 
-    def _fetch(self, job: Job, board: Board) -> Entry:
-        """One file, from the first of its hosts that gives it."""
+    def _fetch(self, job: Job, board: Board) -> tuple[Entry, str]:
+        """One file, from the first of its hosts that gives it, and how it was checked."""
         reasons: list[str] = []
         for url in job.urls:
             try:
@@ -101,7 +109,7 @@ class Fetcher:
                 raise
         raise DownloadError(f"{job.source.name}: {'; '.join(reasons)}. {self._advice(job, reasons)}")
 
-    def _fetch_from(self, url: str, job: Job, board: Board) -> Entry:
+    def _fetch_from(self, url: str, job: Job, board: Board) -> tuple[Entry, str]:
         name, partial = job.source.name, PartialFile(self.folder / job.source.name)
         while True:
             transfer = Transfer(
@@ -128,7 +136,7 @@ class Fetcher:
                 board.write(f"{name}: {err}. It was continued; fetching it anew in one piece.", self.say)
                 continue
             partial.place(job.target)
-            return entry_of(job.source, found)
+            return entry_of(job.source, found), found.checked
 
     def _share_of_patience(self, job: Job) -> Patience:
         """Fewer attempts at each host where there are several."""

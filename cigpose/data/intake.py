@@ -18,9 +18,18 @@ import numpy as np
 import orjson
 
 from cigpose.data.archives import DataError, Extent
-from cigpose.data.persons import Dropped, detection_record, person_record
+from cigpose.data.persons import (
+    OTHER_PERSON_CATEGORY,
+    Dropped,
+    detection_record,
+    is_id,
+    person_categories,
+    person_record,
+    shown,
+)
 from cigpose.keypoints import KeypointSet
 
+_NO_CATEGORY = -1
 EXAMPLES = 5
 """Bad samples quoted in messages and in the index."""
 
@@ -98,9 +107,11 @@ class Intake:
         self.image_fields: dict[int, dict[str, Any]] = {}
         """Place of the picture -> its whole entry, kept for the ground truth alone."""
         self.categories: list[Any] = []
+        """As listed by the file, before or behind the annotations."""
+        self._bad_of: dict[int | None, BadSamples] = {}
         self._spill = self.persons_file.open("wb")
         self._truth = self.ground_truth_file.open("wb") if self.ground_truth_file else None
-        self._places = (array("q"), array("q"), array("q"))  # picture, offset, length
+        self._places = (array("q"), array("q"), array("q"), array("q"))  # picture, offset, length, category
         self._truth_places = (array("q"), array("q"), array("q"))
         self._offset = self._truth_offset = 0
 
@@ -136,11 +147,15 @@ class Intake:
             raw: its JSON, as it goes into the ground truth.
             where: how messages name it.
         """
-        picture = self.pictures[place]
+        picture, category = self.pictures[place], annotation.get("category_id")
+        if not is_id(category) and "category_id" in annotation:
+            self.bad.add(f"{where}: its category_id is {shown(category)}, expected a whole number from 0")
+            return
         try:
             record = person_record(annotation, self.keypoints, (picture.width, picture.height))
+            data = b"" if isinstance(record, Dropped) else _packed(record)
         except DataError as err:
-            self.bad.add(f"{where}: {err}")
+            self._bad_of.setdefault(category, BadSamples()).add(f"{where}: {err}")
             return
         if self._truth:
             _note(self._truth_places, place, self._truth_offset, len(raw))
@@ -148,29 +163,43 @@ class Intake:
         if isinstance(record, Dropped):
             self.dropped[record.reason] += 1
             return
-        data = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
-        _note(self._places, place, self._offset, len(data))
+        _note(self._places, place, self._offset, len(data), _NO_CATEGORY if category is None else category)
         self._offset += self._spill.write(data)
 
     def add_detection(self, detection: dict[str, Any], place: int, where: str) -> None:
         """Take a detected box of the picture at `place`."""
         try:
             record = detection_record(detection)
+            data = b"" if isinstance(record, Dropped) else _packed(record)
         except DataError as err:
             self.bad.add(f"{where}: {err}")
             return
         if isinstance(record, Dropped):
             self.dropped[record.reason] += 1
             return
-        data = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
         self.detections.setdefault(place, []).append(data)
+
+    def settle_categories(self) -> None:
+        """Keep the persons of the categories that hold persons, once all are known; count the others as dropped."""
+        persons = person_categories(self.categories)
+        for category, bad in self._bad_of.items():
+            if category is None or category in persons:
+                self.bad.merge(bad)
+            else:
+                self.dropped[OTHER_PERSON_CATEGORY] += bad.count
+        self._bad_of.clear()
+        kept = np.isin(np.frombuffer(self._places[3], np.int64), [_NO_CATEGORY, *persons])
+        if others := int(len(kept) - kept.sum()):
+            self.dropped[OTHER_PERSON_CATEGORY] += others
+            columns = (np.frombuffer(column, np.int64)[kept] for column in self._places)
+            self._places = tuple(array("q", column.tobytes()) for column in columns)  # type: ignore[assignment]
 
     def persons_by_picture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the persons lie in `persons_file`, in the order of the annotations within each picture.
 
         Returns: (P + 1,) int64, first row of each of the P pictures and the end; (N,) offsets; (N,) lengths.
         """
-        pictures, offsets, lengths = (np.frombuffer(column, np.int64) for column in self._places)
+        pictures, offsets, lengths = (np.frombuffer(column, np.int64) for column in self._places[:3])
         order = np.argsort(pictures, kind="stable")
         first = np.searchsorted(pictures[order], np.arange(len(self.pictures) + 1))
         return first, offsets[order], lengths[order]
@@ -183,6 +212,13 @@ class Intake:
                 yield offset, length
 
 
-def _note(columns: tuple[array[int], array[int], array[int]], *row: int) -> None:
+def _packed(record: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError as err:
+        raise DataError("it holds a number of more than 64 bits") from err
+
+
+def _note(columns: tuple[array[int], ...], *row: int) -> None:
     for column, value in zip(columns, row, strict=True):
         column.append(value)

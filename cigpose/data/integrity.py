@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
-from cigpose.data.archives import DataError, list_members
+from cigpose.data.archives import DataError, ExtentReader, list_members, list_zip
+from cigpose.data.jsonstream import split_arrays
 
 _CHUNK = 1 << 20
+_ZIP_MEMBER = b"PK\x03\x04"
+_LONGEST_TAR_END = 1 << 20
+"""Bytes of zeros that any common tool writes behind the last member."""
 
 
 class IntegrityError(ValueError):
@@ -35,6 +40,8 @@ class Digests:
     bytes: int
     sha256: str
     md5: str | None
+    checked: str = ""
+    """By what it is known to be whole, in words."""
 
 
 def digest_file(path: Path, *, with_md5: bool = False, on_bytes: Callable[[int], None] | None = None) -> Digests:
@@ -82,8 +89,11 @@ def check_file(
     wrong = [_difference(found, candidate) for candidate in fitting]
     if all(wrong):
         raise IntegrityError(str(wrong[0]))
-    check_content(path)
-    return found
+    known = next(candidate for candidate, difference in zip(fitting, wrong, strict=True) if difference is None)
+    if known.sha256 or known.md5:
+        check_content(path)
+        return replace(found, checked=f"verified ({'sha256' if known.sha256 else 'md5'} {known.authority})")
+    return replace(found, checked=f"no digest is known: {check_content(path, to_the_end=True)}; its sha256 is recorded")
 
 
 def _difference(found: Digests, expected: Expected) -> str | None:
@@ -96,11 +106,17 @@ def _difference(found: Digests, expected: Expected) -> str | None:
     return None
 
 
-def check_content(path: Path) -> None:
-    """Check that a file has the format its name promises, to its end, without reading all of it.
+def check_content(path: Path, *, to_the_end: bool = False) -> str:
+    """Check that a file has the format its name promises, and is not cut.
+
+    Args:
+        path: the file.
+        to_the_end: prove the end by the format's own structure, reading everything; for files without a digest.
+
+    Returns: what was checked, in words.
 
     Raises:
-        IntegrityError: it has not.
+        IntegrityError: it has not, or it is cut.
     """
     with path.open("rb") as file:
         head = file.read(1024).lstrip()
@@ -110,17 +126,64 @@ def check_content(path: Path) -> None:
         raise IntegrityError("it is empty")
     if head[:15].lower().startswith((b"<!doctype html", b"<html")):
         raise IntegrityError("it is a web page saved under this name")
+    if not (head + tail).strip(b"\0"):
+        raise IntegrityError("it is nothing but zeros")
     suffix = path.suffix.lower()
-    if suffix == ".json":
-        if head[:1] not in (b"{", b"["):
-            raise IntegrityError(f"it is not JSON: it begins with {head[:12]!r}")
-        if tail[-1:] != {b"{": b"}", b"[": b"]"}[head[:1]]:
-            raise IntegrityError("its JSON is cut: the closing bracket is missing")
-    elif suffix in (".zip", ".tar"):
-        try:
-            list_members(path)
-        except DataError as err:
-            # What to do depends on where the file came from, and is the caller's to say.
-            raise IntegrityError(re.split(r"\. (?=[A-Z])", str(err).removeprefix(f"{path}: "))[0]) from err
-    if suffix == ".tar" and tail.strip(b"\0"):
+    try:
+        if suffix == ".json":
+            return _check_json(path, head, tail, to_the_end)
+        if suffix == ".zip" or (suffix == ".pth" and head.startswith(_ZIP_MEMBER)):
+            return _check_zip(path, to_the_end)
+        if suffix == ".tar":
+            return _check_tar(path, tail)
+    except DataError as err:
+        # What to do depends on where the file came from, and is the caller's to say.
+        raise IntegrityError(re.split(r"\. (?=[A-Z])", str(err).removeprefix(f"{path}: "))[0]) from err
+    return "its format proves nothing about its end"
+
+
+def _check_json(path: Path, head: bytes, tail: bytes, to_the_end: bool) -> str:
+    if head[:1] not in (b"{", b"["):
+        raise IntegrityError(f"it is not JSON: it begins with {head[:12]!r}")
+    if tail[-1:] != {b"{": b"}", b"[": b"]"}[head[:1]]:
+        raise IntegrityError("its JSON is cut: the closing bracket is missing")
+    if to_the_end:
+        with path.open("rb") as file:
+            for _ in split_arrays(_WithoutZeros(file), str(path), ()):
+                pass
+    return "every bracket of its JSON is closed"
+
+
+class _WithoutZeros:
+    """A stream of text: a zero byte in it is a piece that never came."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        piece = self._file.read(size)
+        if b"\0" in piece:
+            raise IntegrityError("its JSON has zero bytes, where a piece of the file is missing")
+        return piece
+
+
+def _check_zip(path: Path, to_the_end: bool) -> str:
+    members = list_zip(path)
+    if to_the_end:
+        with ExtentReader() as reader:
+            for extent in members.values():
+                for _ in reader.chunks(extent):
+                    pass
+    return f"all {len(members)} CRC-32 of its members are right"
+
+
+def _check_tar(path: Path, tail: bytes) -> str:
+    members = list_members(path)
+    if tail.strip(b"\0"):
         raise IntegrityError("the tar is cut: the two empty blocks at its end are missing")
+    if not members:
+        raise IntegrityError("the tar has no members")
+    end = max(extent.offset + extent.size for extent in members.values())
+    if path.stat().st_size - end > _LONGEST_TAR_END:
+        raise IntegrityError(f"the tar is cut: behind its last member at byte {end} there are only zeros")
+    return "its headers and its end are right (a tar has no checksums of contents)"

@@ -1,15 +1,26 @@
 """What a JPEG says about itself, without decoding it: its size and whether it is whole.
 
-OpenCV decodes a cut JPEG without complaint and paints the rest grey, so the end of the scan is looked for here.
+OpenCV decodes a cut JPEG without complaint and paints the rest grey, so the end of the scan is looked for here. Whether
+the scan is whole in front of an end marker only decoding tells; libjpeg then says so, but to the standard error alone.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import suppress
+
+import cv2
+import numpy as np
 
 from cigpose.data.archives import DataError
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _ROTATED = frozenset({5, 6, 7, 8})
+_DAMAGE = (b"premature end", b"bad Huffman code", b"Premature end")
+"""What libjpeg says where picture data are missing; a few bytes too many harm nothing."""
 
 
 def is_jpeg(data: bytes | memoryview) -> bool:
@@ -42,6 +53,39 @@ def check_jpeg(data: bytes | memoryview) -> tuple[int, int]:
     if not whole:
         raise DataError(f"the JPEG is cut: {len(data)} bytes without an end marker")
     return size
+
+
+def decode_strictly(data: bytes | memoryview) -> np.ndarray | None:
+    """The (H, W, 3) BGR uint8 picture, or None where OpenCV cannot decode it.
+
+    The standard error of the process is a file meanwhile; what is not libjpeg's is passed on.
+
+    Raises:
+        DataError: the picture decodes, but a part of its data is missing or damaged.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as heard:
+        stderr = os.dup(2)
+        try:
+            os.dup2(heard.fileno(), 2)
+            with suppress(cv2.error):
+                return _refuse_damage(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), heard.fileno())
+            return None
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            heard.seek(0)
+            for line in heard.read().splitlines(keepends=True):
+                if b"JPEG" not in line:
+                    os.write(2, line)
+
+
+def _refuse_damage(image: np.ndarray | None, heard: int) -> np.ndarray | None:
+    said = os.pread(heard, 1 << 16, 0)
+    for line in said.splitlines():
+        if b"JPEG" in line and any(word in line for word in _DAMAGE):
+            raise DataError(f"the JPEG's picture data are not whole (libjpeg: {line.decode('ascii', 'replace').strip()})")
+    return image
 
 
 def _walk(data: bytes | memoryview) -> tuple[tuple[int, int], int | None]:

@@ -17,6 +17,7 @@ import orjson
 from cigpose.data.archives import DataError
 
 _CHUNK = 4 << 20
+_LARGEST_ELEMENT = 256 << 20
 _QUOTE = 2
 _KIND = np.zeros(256, np.int8)
 _KIND[[ord("{"), ord("[")]] = 1
@@ -27,19 +28,24 @@ LIST = ""
 """The key under which `split_arrays` yields the elements of a file that is a list."""
 
 
-def parse_element(raw: bytes, where: str) -> Any:
-    """One element as plain values; NaN and Infinity, which are not JSON, are let through for the caller to judge.
+def parse_element(raw: bytes, where: str) -> dict[str, Any]:
+    """One object as plain values; NaN and Infinity, which are not JSON, are let through for the caller to judge.
 
     Raises:
-        DataError: not JSON.
+        DataError: not JSON, or something else than an object.
     """
     try:
-        return orjson.loads(raw)
+        value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            return json.loads(raw)
+            value = json.loads(raw)
+        except RecursionError as err:
+            raise DataError(f"{where}: brackets nested too deep to be read. Mend the file.") from err
         except ValueError as err:
             raise DataError(f"{where}: {bytes(raw[:60])!r} is not JSON ({err}). Download the file again.") from err
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {bytes(raw[:60])!r}, expected an object. Mend the file.")
+    return value
 
 
 def split_arrays(stream: Any, where: str, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
@@ -122,6 +128,11 @@ class _Scanner:
             self.last = position + 1
         keep = self.start if self.start >= 0 else self.last
         self.text = self.text[keep:]
+        if len(self.text) > _LARGEST_ELEMENT:
+            raise DataError(
+                f"{self.where}: {len(self.text)} bytes without the end of an element after element {self.count}; no "
+                "annotation is so long. Mend the file."
+            )
         self.last -= keep
         self.start = 0 if self.start >= 0 else -1
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from cigpose.data.archives import DataError
 from cigpose.keypoints import KeypointSet
@@ -21,8 +21,28 @@ NOT_IN_PICTURE = "no_positive_coordinate"
 NO_FRAME = "no_frame"
 NOT_FIRST = "not_first_person"
 OTHER_CATEGORY = "detection_of_other_category"
+OTHER_PERSON_CATEGORY = "other_category"
 
 PERSON_CATEGORY = 1
+
+
+def person_categories(categories: Sequence[Any]) -> frozenset[int]:
+    """Ids of the categories whose annotations are persons; the rule by which evaluation finds them in the ground truth.
+
+    That is the category named person, or the only one. Several without that name are all taken: they can be trained
+    on, and evaluation refuses them.
+
+    Args:
+        categories: as listed by the file; without any, the id is the one COCO gives to persons.
+    """
+    entries = [entry for entry in categories if isinstance(entry, Mapping) and is_id(entry.get("id"))]
+    people = [entry for entry in entries if entry.get("name") == "person"] or entries
+    return frozenset(entry["id"] for entry in people) or frozenset({PERSON_CATEGORY})
+
+
+def is_id(value: Any) -> TypeGuard[int]:
+    """Whether a value from a file can be an id: a whole number from 0 that 64 bits hold."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +70,18 @@ def person_record(
     Raises:
         DataError: a box or keypoints that cannot be read: wrong count, not finite, not numbers.
     """
-    if annotation.get("iscrowd"):
+    is_crowd = annotation.get("iscrowd")
+    if type(is_crowd) not in (int, bool, type(None)) or is_crowd not in (0, 1, None):
+        raise DataError(f"iscrowd is {shown(is_crowd)}, expected 0 or 1")
+    if is_crowd:
         return Dropped(CROWD)
     body = next(iter(keypoints.annotation_fields))
     if annotation.get("bbox") is None or annotation.get(body) is None:
         return Dropped(NO_FIELDS)
-    if annotation.get("num_keypoints") == 0:
+    labelled = annotation.get("num_keypoints", 1)
+    if type(labelled) not in (int, float) or not _finite([labelled]) or labelled < 0:
+        raise DataError(f"num_keypoints is {shown(labelled)}, expected a whole number from 0")
+    if labelled == 0:
         return Dropped(NO_KEYPOINTS)
     points = _points(annotation, keypoints)
     if "num_keypoints" not in annotation and not any(v > 0 for v in annotation[body][2::3]):
@@ -69,8 +95,8 @@ def person_record(
     area = annotation.get("area")
     if area is None:
         area = max(0.53 * width * height, 1.0)
-    elif not isinstance(area, (int, float)) or not math.isfinite(area):
-        raise DataError(f"area is {area!r}, expected a number")
+    elif type(area) not in (int, float) or not _finite([area]) or area < 0:
+        raise DataError(f"area is {shown(area)}, expected a number from 0")
     values = iter(points)
     triples = list(zip(values, values, values, strict=True))
     return {"area": area, "bbox_xyxy": box, "id": annotation["id"], "keypoints": triples}
@@ -119,11 +145,20 @@ def _points(annotation: Mapping[str, Any], keypoints: KeypointSet) -> list[float
 
 def _numbers(values: Any, count: int, name: str, note: str = "") -> list[float]:
     if not isinstance(values, list) or len(values) != count:
-        found = f"has {len(values)} numbers" if isinstance(values, list) else f"is {values!r}"
+        found = f"has {len(values)} numbers" if isinstance(values, list) else f"is {shown(values)}"
         raise DataError(f"{name} {found}, expected {count}{note}")
     if not _finite(values):
         raise DataError(f"{name} holds NaN, infinite values, or something that is no number")
     return values
+
+
+def shown(value: Any) -> str:
+    """A value of a file as messages quote it: shortened, so that no file fills a screen."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _finite(values: list[Any]) -> bool:

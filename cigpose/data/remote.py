@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,12 +20,16 @@ from typing import Any
 import platformdirs
 import requests
 import tenacity
+import urllib3
 
 from cigpose.data.archives import DataError
 
 CHUNK = 1 << 20
 ATTEMPTS = 5
 TIMEOUT_S = 30.0
+LARGEST_TRUTH = 4 << 30
+LEAST_BYTES_PER_S = 1024
+"""Of a whole transfer: a server that drips a byte at a time would keep a training waiting for ever."""
 S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 """Environment variables that may name another S3 server than Amazon's; the first one set is taken."""
 
@@ -47,13 +52,13 @@ def cache_folder(cache: str | None) -> Path:
     return Path(cache).expanduser() if cache else Path(platformdirs.user_cache_dir("cigpose")) / "shards"
 
 
-def read_remote(address: str) -> bytes:
-    """A small remote file.
+def read_remote(address: str, largest: int) -> bytes:
+    """A remote file of at most `largest` bytes.
 
     Raises:
-        FetchError: the address does not give it, also after several attempts.
+        FetchError: the address does not give it, also after several attempts, or gives more.
     """
-    return _retry(lambda: b"".join(_chunks(address)))
+    return _retry(lambda: b"".join(_chunks(address, largest)))
 
 
 def cached_shard(address: str, sha256: str, size: int, cache: str | None) -> Path:
@@ -78,16 +83,16 @@ def cached_shard(address: str, sha256: str, size: int, cache: str | None) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f"{sha256}.lock"):
         if not (path.is_file() and path.stat().st_size == size):
-            _retry(lambda: _fetch(address, sha256, path))
+            _retry(lambda: _fetch(address, sha256, size, path))
     return path
 
 
-def _fetch(address: str, sha256: str, path: Path) -> None:
+def _fetch(address: str, sha256: str, size: int, path: Path) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{sha256[:12]}-", suffix=".part")
     digest = hashlib.sha256()
     try:
         with os.fdopen(handle, "wb") as file:
-            for chunk in _chunks(address):
+            for chunk in _chunks(address, size):
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
@@ -120,8 +125,19 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _chunks(address: str) -> Iterator[bytes]:
-    return _s3_chunks(address) if address.startswith("s3://") else _http_chunks(address)
+def _chunks(address: str, largest: int) -> Iterator[bytes]:
+    """The bytes of an address, which may be no more than `largest` and must not drip."""
+    begin, received = time.monotonic(), 0
+    for chunk in _s3_chunks(address) if address.startswith("s3://") else _http_chunks(address):
+        received += len(chunk)
+        if received > largest:
+            raise FetchError(f"{address}: gives more than {largest} bytes, which is all that it may. Correct the server.")
+        yield chunk
+        seconds = time.monotonic() - begin
+        if seconds > TIMEOUT_S and received < LEAST_BYTES_PER_S * seconds:
+            raise TemporaryFetchError(
+                f"{address}: {received} bytes in {seconds:.0f} s, too slow to be waited for, {ATTEMPTS} times."
+            )
 
 
 def _http_chunks(address: str) -> Iterator[bytes]:
@@ -134,12 +150,13 @@ def _http_chunks(address: str) -> Iterator[bytes]:
             if answer.status_code != 200:
                 raise FetchError(f"{address}: HTTP {answer.status_code}. Correct data.locations in params.yaml.")
             length, received = answer.headers.get("Content-Length"), 0
-            for chunk in answer.iter_content(CHUNK):
+            # Not iter_content: it waits until a whole chunk is there, for ever where bytes drip.
+            while chunk := answer.raw.read1(CHUNK, decode_content=False):
                 received += len(chunk)
                 yield chunk
             if length is not None and received != int(length):
                 raise TemporaryFetchError(f"{address}: broke off after {received} of {length} bytes, {ATTEMPTS} times.")
-    except requests.RequestException as err:
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as err:
         raise TemporaryFetchError(f"{address}: not reached ({type(err).__name__}), {ATTEMPTS} times.") from err
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from cigpose.data.archives import Extent, sha256_of
 from cigpose.data.intake import BadSamples
 from cigpose.data.tars import Pictures, ShardJob, ShardStats, write_shard
+from cigpose.data.workers import map_in_processes
+from cigpose.files.atomic import write_json
 
 _WORTH_A_PROCESS = 256 << 20
 """Bytes of photographs copied in about the time a process takes to start."""
@@ -34,27 +32,15 @@ def run_jobs(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterat
     processes = _num_processes(jobs, processes)
     if processes == 1:
         for job in jobs:
-            yield job, _do(job, pictures)
+            yield job, _do(pictures, job)
         return
-    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: list[tuple[ShardJob, Future[ShardStats]]] = []
-        todo = iter(jobs)
-        try:
-            for job in todo:
-                waiting.append((job, pool.submit(_do, job, pictures)))
-                if len(waiting) >= 2 * processes:
-                    done, future = waiting.pop(0)
-                    yield done, future.result()
-            for done, future in waiting:
-                yield done, future.result()
-        except BrokenProcessPool as err:
-            raise ChildProcessError(
-                f"{jobs[0].path.parent}: a sharding process was killed (out of memory?). Run again: finished shards "
-                "are kept; fewer data.sharding.processes need less memory."
-            ) from err
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        yield from map_in_processes(functools.partial(_do, pictures), jobs, processes)
+    except ChildProcessError as err:
+        raise ChildProcessError(
+            f"{jobs[0].path.parent}: {err}. Run again: finished shards are kept; fewer data.sharding.processes need "
+            "less memory."
+        ) from err
 
 
 def _num_processes(jobs: list[ShardJob], wanted: int) -> int:
@@ -66,7 +52,7 @@ def _num_processes(jobs: list[ShardJob], wanted: int) -> int:
     return min(cores, len(jobs))
 
 
-def _do(job: ShardJob, pictures: Pictures) -> ShardStats:
+def _do(pictures: Pictures, job: ShardJob) -> ShardStats:
     """One shard, unless an earlier run finished it; the note beside it says so."""
     note = job.path.with_suffix(".done")
     if note.is_file() and job.path.is_file():
@@ -74,22 +60,5 @@ def _do(job: ShardJob, pictures: Pictures) -> ShardStats:
         if sha256_of(job.path) == values["sha256"]:
             return ShardStats(**{**values, "bad": BadSamples(**values["bad"])})
     stats = write_shard(job, pictures)
-    write_json(note, asdict(stats))
+    write_json(note, asdict(stats), sort_keys=True)
     return stats
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a small JSON file, at once or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from cigpose.data.crowdpose import read_crowdpose
 from cigpose.data.ground_truth import write_ground_truth
 from cigpose.data.intake import Frame, Intake
 from cigpose.data.manifest import MANIFEST, read_manifest
-from cigpose.data.shard_jobs import run_jobs, sync_file, write_json
+from cigpose.data.shard_index import FORMAT, INDEX, ShardEntry, ShardIndex, read_index
+from cigpose.data.shard_jobs import run_jobs
 from cigpose.data.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs
 from cigpose.data.ubody import read_frames, read_ubody
+from cigpose.files.atomic import claimed, clear_leftovers, replace_folder, sync, write_json
 from cigpose.progress import progress as show_progress
 
-FORMAT = 1
-INDEX = "index.json"
 GROUND_TRUTH = "annotations.json"
 
 _READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Pictures]] = {
@@ -40,80 +40,12 @@ _READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Picture
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardEntry:
-    """One tar as the index lists it."""
-
-    name: str
-    sha256: str
-    bytes: int
-    images: int
-    persons: int
-    detections: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardIndex:
-    """index.json: what a dataset's shards hold and where that came from."""
-
-    format: int
-    dataset: str
-    keypoints: str
-    """Name of the keypoint set."""
-    num_keypoints: int
-    images: int
-    persons: int
-    detections: int
-    dropped: dict[str, int]
-    """Reason -> persons (or detections) left out by the rule."""
-    sources: dict[str, str]
-    """File the shards were made from -> sha256."""
-    ground_truth: str | None
-    """File beside the index, or None."""
-    shards: tuple[ShardEntry, ...]
-    bad: dict[str, Any] = field(default_factory=dict)
-    """`count` of unreadable persons and the first `examples` in words."""
-    mended: dict[str, int] = field(default_factory=dict)
-    """What was put right -> how many pictures."""
-
-
-def parse_index(text: str | bytes, where: str) -> ShardIndex:
-    """An index from its JSON, wherever that was read from.
-
-    Raises:
-        DataError: it is not an index of this format.
-    """
-    try:
-        values = json.loads(text)
-        if values["format"] != FORMAT:
-            raise DataError(
-                f"{where}: format {values['format']}, this version reads {FORMAT}. Shard the data again: `dvc repro`."
-            )
-        shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
-        return ShardIndex(**values, shards=shards)
-    except (KeyError, TypeError, json.JSONDecodeError) as err:
-        raise DataError(f"{where}: not an index of shards ({err}). Shard the data again: `dvc repro`.") from err
-
-
-def read_index(folder: Path) -> ShardIndex:
-    """The index of the shards in a local folder.
-
-    Raises:
-        FileNotFoundError: no index there: the folder was not sharded, or not to the end.
-        DataError: it is not an index of this format.
-    """
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found. `python -m pipelines.shard KEY` makes the shards.")
-    return parse_index(path.read_bytes(), str(path))
-
-
 def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
-    """Check that every shard is there as the index says, by size and (slower) by sha256.
+    """Check that every shard and the ground truth are there as the index says, by size and (slower) by sha256.
 
     Raises:
-        FileNotFoundError: the index or a shard is missing.
-        DataError: a shard differs.
+        FileNotFoundError: the index, a shard or the ground truth is missing.
+        DataError: one of them differs.
     """
     folder = Path(folder)
     index = read_index(folder)
@@ -126,8 +58,12 @@ def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
             raise DataError(f"{path}: {size} bytes, index.json says {shard.bytes}. {again}")
         if digests and (digest := sha256_of(path)) != shard.sha256:
             raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {shard.sha256[:12]}.... {again}")
-    if index.ground_truth is not None and not (folder / index.ground_truth).is_file():
-        raise FileNotFoundError(f"{folder / index.ground_truth}: not found, but index.json names it. {again}")
+    if index.ground_truth is not None:
+        path, wanted = folder / index.ground_truth, index.ground_truth_sha256
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json names it. {again}")
+        if digests and wanted is not None and (digest := sha256_of(path)) != wanted:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {again}")
     return index
 
 
@@ -138,7 +74,7 @@ def write_dataset(
 
     Everything is written to `<out_root>/<key>.partial`, which becomes `<out_root>/<key>` when it is complete. A run
     that was killed leaves the partial folder, and the next keeps its finished shards if sources and parameters are the
-    same; one that fails leaves nothing.
+    same; one that fails leaves nothing. A dataset is sharded by one process at a time.
 
     Args:
         config: the experiment.
@@ -151,26 +87,31 @@ def write_dataset(
         DataError: unknown key, unreadable file, more bad samples than allowed, or no person at all.
         FileNotFoundError: a raw file is missing.
         ChildProcessError: a process of several was killed.
+        ClaimedError: another process shards this dataset.
     """
     if key not in config.data.datasets:
         raise DataError(f"data.datasets: no dataset {key!r}. There are: {', '.join(config.data.datasets)}.")
     if "." in key or "/" in key:
         raise DataError(f"data.datasets.{key}: a dataset's name must have no dot and no slash; shards are named by it.")
     dataset = config.data.datasets[key]
-    partial = Path(out_root) / f"{key}.partial"
+    final, partial = Path(out_root) / key, Path(out_root) / f"{key}.partial"
     raw = Path(raw_root) / dataset.raw
     sources = _source_paths(dataset, raw)
-    _prepare(partial, _fingerprint(config, key, sources))
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            digests = thread.submit(_digests, raw, sources)
-            index = _write(config, key, raw, partial, digests, progress)
-    except ChildProcessError:
-        raise
-    except (ValueError, OSError):
-        shutil.rmtree(partial, ignore_errors=True)  # the input must change, and then nothing of it can be kept
-        raise
-    _publish(partial, Path(out_root) / key)
+    # Not in out_root: DVC takes its digest, and a lock's content is another every time.
+    lock = Path(out_root).with_name(f".{Path(out_root).name}-{key}.lock")
+    with claimed(lock, f"a sharding of {key}"):
+        clear_leftovers(final)
+        _prepare(partial, _fingerprint(config, key, sources))
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                digests = thread.submit(_digests, raw, sources)
+                index = _write(config, key, raw, partial, digests, progress)
+        except ChildProcessError:
+            raise
+        except (ValueError, OSError):
+            shutil.rmtree(partial, ignore_errors=True)  # the input must change, and then nothing of it can be kept
+            raise
+        replace_folder(partial, final)
     return index
 
 
@@ -181,6 +122,7 @@ def _write(
     read, pictures = _READERS[dataset.reader]
     with Intake(partial, config.keypoint_set, ground_truth=dataset.ground_truth) as intake:
         read(dataset, raw, intake)
+        intake.settle_categories()
     total = max(intake.num_annotations, 1)
     jobs, lost = _plan(config, key, partial, intake)
     intake.bad.check(total, sharding.max_bad_share, key)
@@ -195,7 +137,7 @@ def _write(
     with ThreadPoolExecutor(1) as disk, progress(total=images, desc=f"shard {key}", unit="image") as bar:
         for job, stats in run_jobs(jobs, pictures, sharding.processes):
             shards.append(stats)
-            synced.append(disk.submit(sync_file, job.path))
+            synced.append(disk.submit(sync, job.path))
             intake.bad.merge(stats.bad)
             intake.dropped.update(stats.dropped)
             intake.bad.check(total, sharding.max_bad_share, key)
@@ -203,15 +145,23 @@ def _write(
     if dataset.ground_truth:
         lost.update(image_id for shard in shards for image_id in shard.lost)
         write_ground_truth(intake, partial / GROUND_TRUTH, lost)
-    for sync in synced:
-        sync.result()
-    index = _index(config, key, intake, shards, digests.result())
+    for done in synced:
+        done.result()
+    truth = sha256_of(partial / GROUND_TRUTH) if dataset.ground_truth else None
+    index = _index(config, key, intake, shards, digests.result(), truth)
     _clear(partial, shards)
-    write_json(partial / INDEX, asdict(index))
+    write_json(partial / INDEX, asdict(index), sort_keys=True)
     return index
 
 
-def _index(config: Config, key: str, intake: Intake, shards: list[ShardStats], digests: dict[str, str]) -> ShardIndex:
+def _index(
+    config: Config,
+    key: str,
+    intake: Intake,
+    shards: list[ShardStats],
+    digests: dict[str, str],
+    truth_sha256: str | None,
+) -> ShardIndex:
     filled = [shard for shard in shards if shard.images]
     if not filled:
         raise DataError(f"{key}: no picture could be read: {'; '.join(intake.bad.examples) or dict(intake.dropped)}.")
@@ -226,7 +176,8 @@ def _index(config: Config, key: str, intake: Intake, shards: list[ShardStats], d
         detections=sum(shard.detections for shard in filled),
         dropped={reason: count for reason, count in sorted(intake.dropped.items()) if count},
         sources=digests,
-        ground_truth=GROUND_TRUTH if config.data.datasets[key].ground_truth else None,
+        ground_truth=None if truth_sha256 is None else GROUND_TRUTH,
+        ground_truth_sha256=truth_sha256,
         shards=tuple(ShardEntry(**{column: getattr(shard, column) for column in columns}) for shard in filled),
         bad={"count": intake.bad.count, "examples": intake.bad.examples},
         mended=dict(sorted(intake.mended.items())),
@@ -330,13 +281,3 @@ def _clear(partial: Path, shards: list[ShardStats]) -> None:
     for file in partial.iterdir():
         if file.name not in keep:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Let the finished folder take the final name, in place of an older one."""
-    old = final.with_name(f"{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

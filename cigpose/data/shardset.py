@@ -8,6 +8,7 @@ and any process decode any picture; the tars stay plain webdataset ones.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import orjson
 
 from cigpose.data.archives import DataError, Extent, list_members, sha256_of
 from cigpose.data.plan import ShardCount
-from cigpose.data.remote import cached_shard, is_remote, read_remote
-from cigpose.data.shards import INDEX, ShardEntry, ShardIndex, parse_index, read_index
+from cigpose.data.remote import LARGEST_TRUTH, cached_shard, is_remote, read_remote
+from cigpose.data.shard_index import INDEX, LARGEST_INDEX, ShardEntry, ShardIndex, parse_index, read_index
 
 AGAIN = "Delete it and run `dvc repro shard`."
 MAX_OPEN = 64
@@ -74,7 +75,7 @@ class ShardSet:
         address = locations.get(dataset, str(root / dataset))
         if is_remote(address):
             where = f"{address.rstrip('/')}/{INDEX}"
-            return cls(dataset, address.rstrip("/"), parse_index(read_remote(where), where), cache, verify)
+            return cls(dataset, address.rstrip("/"), parse_index(read_remote(where, LARGEST_INDEX), where), cache, verify)
         shards = cls(dataset, address, read_index(Path(address)), cache, verify)
         for entry in shards.index.shards:
             path = Path(address) / entry.name
@@ -104,6 +105,30 @@ class ShardSet:
             ShardCount(self.dataset, number, entry.detections if detections else entry.persons)
             for number, entry in enumerate(self.index.shards)
         ]
+
+    def ground_truth(self) -> tuple[str, bytes] | None:
+        """Where the labels of the whole split lie, and their text; None if the dataset has none.
+
+        Always compared with the sha256 of the index: what a model is measured by is read once, and is small.
+
+        Raises:
+            FileNotFoundError: the index names a file that is not there.
+            DataError: it is not the file that the index means.
+            OSError: it cannot be fetched.
+        """
+        name, wanted = self.index.ground_truth, self.index.ground_truth_sha256
+        if name is None:
+            return None
+        place = f"{self.address}/{name}"
+        if is_remote(self.address):
+            text = read_remote(place, LARGEST_TRUTH)
+        elif Path(place).is_file():
+            text = Path(place).read_bytes()
+        else:
+            raise FileNotFoundError(f"{place}: not found, but index.json names it. {AGAIN}")
+        if wanted is not None and (digest := hashlib.sha256(text).hexdigest()) != wanted:
+            raise DataError(f"{place}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {AGAIN}")
+        return place, text
 
     def table(self, number: int) -> ShardTable:
         """Where the members of a shard lie; fetched, verified and counted on first use in this process.

@@ -11,7 +11,7 @@ from cigpose.config import Config
 from cigpose.data.archives import DataError
 from cigpose.data.crops import CropMaker, Picture
 from cigpose.data.remote import is_remote
-from cigpose.data.shards import ShardIndex
+from cigpose.data.shard_index import ShardIndex
 from cigpose.data.shardset import ShardSet
 from cigpose.draw import draw_poses, label_picture
 

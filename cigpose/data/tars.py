@@ -18,7 +18,7 @@ import orjson
 
 from cigpose.data.archives import DataError, Extent, ExtentReader
 from cigpose.data.intake import BadSamples, Picture
-from cigpose.data.jpeg import check_jpeg, is_jpeg
+from cigpose.data.jpeg import check_jpeg, decode_strictly, is_jpeg
 from cigpose.data.persons import NO_FRAME
 
 _EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
@@ -139,10 +139,7 @@ def _checked(data: bytes | memoryview, picture: Picture, job: ShardJob) -> bytes
 
 
 def _decode(data: bytes | memoryview) -> np.ndarray:
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:
-        image = None
+    image = decode_strictly(data)
     if image is None:
         raise DataError(f"not a picture OpenCV can decode: {len(data)} bytes, starting with {bytes(data[:4])!r}")
     return image

@@ -23,6 +23,16 @@ import tenacity
 
 from cigpose.data.web import LONGEST_WAIT_S, Patience, TransferError, TryAgainError, body, failure, open_file
 from cigpose.files.addresses import host_of
+from cigpose.data.web import (
+    LONGEST_WAIT_S,
+    Patience,
+    TooSlowError,
+    TransferError,
+    TryAgainError,
+    body,
+    failure,
+    open_file,
+)
 
 
 class StoppedError(Exception):
@@ -144,7 +154,8 @@ class Transfer:
             with requests.Session() as session:
                 retrying(self._attempt, session)
         except TryAgainError as err:
-            raise TransferError(f"{err} (given up after {self.fruitless} attempts without a byte more)") from err
+            what = "as slow" if isinstance(err, TooSlowError) else "without a byte more"
+            raise TransferError(f"{err} (given up after {self.fruitless} attempts {what})") from err
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt: doubling while nothing comes, short after a transfer that got on."""
@@ -157,9 +168,10 @@ class Transfer:
             raise StoppedError
         try:
             self._receive(session)
-        except TryAgainError:
+        except TryAgainError as err:
             have = self.partial.size
-            self.fruitless = 0 if have > self._furthest else self.fruitless + 1
+            got_on = have > self._furthest and not isinstance(err, TooSlowError)
+            self.fruitless = 0 if got_on else self.fruitless + 1
             self._furthest = max(self._furthest, have)
             raise
 

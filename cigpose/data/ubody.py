@@ -35,7 +35,7 @@ from cigpose.data.archives import (
 )
 from cigpose.data.intake import Frame, Intake, Picture
 from cigpose.data.jsonstream import parse_element, split_arrays
-from cigpose.data.persons import NOT_FIRST
+from cigpose.data.persons import NOT_FIRST, is_id, shown
 from cigpose.data.tars import Sample, ShardJob, encode_jpeg
 
 ANNOTATION_FPS = 30
@@ -114,8 +114,8 @@ def _read_scene_images(
         where = f"{extent.where}: image {len(places) + 1} of the list"
         entry = parse_element(element, where)
         frame = _frame_number(entry)
-        if frame is None or not isinstance(entry.get("id"), int) or entry["id"] in places:
-            intake.bad.add(f"{where}: expected a new id and a file_name <clip>/<clip>/<frame>.png, got {entry}")
+        if frame is None or not is_id(entry.get("id")) or entry["id"] in places:
+            intake.bad.add(f"{where}: expected a new id and a file_name <clip>/<clip>/<frame>.png, got {shown(entry)}")
             continue
         places[entry["id"]] = None
         if entry["id"] % dataset.frame_interval or not _in_split(entry["file_name"], dataset, test_videos):
@@ -150,15 +150,15 @@ def _read_scene_persons(
     peopled: set[int] = set()
     for _, element in _elements(extent, ("annotations",)):
         annotation = parse_element(element, f"{extent.where}: an annotation after {len(seen)}")
-        where = f"{scene}: annotation {annotation.get('id')}"
+        where = f"{scene}: annotation {shown(annotation.get('id'))}"
         image_id, identity = annotation.get("image_id"), annotation.get("id")
-        if not isinstance(identity, int) or identity in seen:
+        if not is_id(identity) or identity in seen:
             intake.bad.add(f"{where}: its id is missing or there twice")
             continue
         seen.add(identity)
         highest = max(highest, identity)
-        if image_id not in places:
-            intake.bad.add(f"{where}: its image id {image_id} is not in `images`")
+        if not is_id(image_id) or image_id not in places:
+            intake.bad.add(f"{where}: its image id {shown(image_id)} is not in `images`")
             continue
         place = places[image_id]
         if place is None:
@@ -176,7 +176,7 @@ def _read_scene_persons(
 def _frame_number(entry: dict[str, Any]) -> int | None:
     """Number in the file name, from 1."""
     name = entry.get("file_name")
-    if not isinstance(name, str) or not isinstance(entry.get("width"), int) or not isinstance(entry.get("height"), int):
+    if not isinstance(name, str) or type(entry.get("width")) is not int or type(entry.get("height")) is not int:
         return None
     stem = name.rpartition("/")[2].partition(".")[0]
     return int(stem) if stem.isdigit() and int(stem) > 0 and name.strip("/").count("/") else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,6 +17,8 @@ from cigpose.files.addresses import host_of
 
 CHUNK = 1 << 16
 LONGEST_WAIT_S = 60.0
+LEAST_BYTES_PER_S = 1024
+"""Of a connection as a whole, after its first `timeout_s`: one that drips would never time out."""
 _LARGEST_PAGE = 1 << 20
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _HEADERS = {"User-Agent": "cigpose-pipelines", "Accept-Encoding": "identity"}
@@ -32,6 +35,10 @@ class TryAgainError(TransferError):
         super().__init__(reason)
         self.after_s = after_s
         """The least wait the server asks for, in seconds."""
+
+
+class TooSlowError(TryAgainError):
+    """Its bytes come so slowly that none of them count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +94,16 @@ def body(response: requests.Response, host: str, patience: Patience) -> Iterator
     `Response.iter_content` would hold back what comes before the break, up to a chunk.
 
     Raises:
-        TryAgainError: the connection broke, or nothing came for too long.
+        TryAgainError: the connection broke, or nothing, or next to nothing, came for too long.
     """
+    begin, received = time.monotonic(), 0
     try:
         while piece := response.raw.read1(CHUNK, decode_content=False):
             yield piece
+            received += len(piece)
+            seconds = time.monotonic() - begin
+            if seconds > patience.timeout_s and received < LEAST_BYTES_PER_S * seconds:
+                raise TooSlowError(f"{host} gave {received:,} bytes in {seconds:.0f} s")
     except urllib3.exceptions.ReadTimeoutError as err:
         raise TryAgainError(f"{host} was silent for {patience.timeout_s:g} s") from err
     except urllib3.exceptions.HTTPError as err:

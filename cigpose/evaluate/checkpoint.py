@@ -14,10 +14,9 @@ from torch import nn
 
 from cigpose.config import Config
 from cigpose.data.loader import eval_loader
-from cigpose.data.remote import is_remote, read_remote
 from cigpose.data.shardset import ShardFiles, ShardSet
 from cigpose.evaluate.coco import evaluate_predictions
-from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth, parse_ground_truth
+from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.model.weights import load_checkpoint
@@ -115,17 +114,16 @@ def dataset_truth(shards: ShardSet, config: Config) -> GroundTruth:
     """The labels beside the shards of a dataset.
 
     Raises:
-        ValueError: the dataset was sharded without ground truth.
+        ValueError: the dataset was sharded without ground truth, or it is not the one that was written.
     """
-    if shards.index.ground_truth is None:
+    found = shards.ground_truth()
+    if found is None:
         raise ValueError(
             f"{shards.address}: has no ground truth. Set data.datasets.{shards.dataset}.ground_truth: true in "
             "params.yaml and run `dvc repro shard`."
         )
-    place = f"{shards.address}/{shards.index.ground_truth}"
-    if is_remote(shards.address):
-        return parse_ground_truth(read_remote(place), config.keypoint_set, area=config.evaluate.area, where=place)
-    return load_ground_truth(Path(place), config.keypoint_set, area=config.evaluate.area)
+    place, text = found
+    return parse_ground_truth(text, config.keypoint_set, area=config.evaluate.area, where=place)
 
 
 def predict_share(

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -78,6 +79,24 @@ def replace_folder(made: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(target: str | Path) -> None:
+    """Remove what killed writers of `target` left beside it; a `target` that one had moved aside comes back.
+
+    Only for the holder of the target's lock: a dead writer's files look like a living one's.
+    """
+    target = Path(target)
+    left = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]{{8}}\.part|\w{{8}}\.old)")
+    for path in sorted(target.parent.glob(".*")):
+        if not left.fullmatch(path.name):
+            continue
+        if path.suffix == ".old" and (path / target.name).exists() and not target.exists():
+            os.replace(path / target.name, target)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_bytes(target: str | Path, content: bytes) -> None:

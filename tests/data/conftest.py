@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from cigpose.config import CausalConfig, Config, DatasetConfig, LoaderConfig, ShardingConfig, load_preset
-from cigpose.data.shards import ShardIndex, write_dataset
+from cigpose.data.shard_index import ShardIndex
+from cigpose.data.shards import write_dataset
 from cigpose.data.tars import members
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -193,3 +194,44 @@ def test_the_digest_of_a_folder_is_that_of_its_names_and_contents(tmp_path: Path
     assert sha256_of(tmp_path / "one") == sha256_of(tmp_path / "two")
     (tmp_path / "two" / "b").rename(tmp_path / "two" / "c")
     assert sha256_of(tmp_path / "one") != sha256_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize("how", ["read", "chunks"])
+def test_a_member_that_unpacks_to_more_than_it_promises_is_stopped(tmp_path: Path, how: str) -> None:
+    path = make_zip(tmp_path / "a.zip", {"1.jpg": bytes(300 << 20)}, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        (info,) = archive.infolist()
+    liar = Extent(str(path), "1.jpg", info.header_offset, info.compress_size, 1000, info.CRC, True, True)
+    tracemalloc.start()
+    with (
+        ExtentReader() as reader,
+        pytest.raises(DataError, match=r"1.jpg: (1001 bytes, expected 1000|more than the 1000)"),
+    ):
+        if how == "read":
+            reader.read(liar)
+        for _ in reader.chunks(liar):
+            pass
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "a.zip", {"1.json": bytes(100 << 20)}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(DataError, match=r"a.zip: member 1.json would unpack \d+ bytes to 104857600; this archive is"):
+        list_members(path)
+
+
+def test_a_member_larger_than_any_picture_is_not_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "pictures" / "1.jpg"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(40 << 30)
+    extent = list_members(path.parent)["1.jpg"]
+    with ExtentReader() as reader, pytest.raises(DataError, match=r"1.jpg: 42949672960 bytes, more than any picture"):
+        reader.read(extent)
+
+
+def test_a_pipe_among_the_pictures_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.jpg")
+    with pytest.raises(DataError, match=r"1.jpg: not a file \(a pipe"):
+        list_members(tmp_path)

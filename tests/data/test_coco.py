@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -13,6 +14,8 @@ import pytest
 from pycocotools.coco import COCO
 
 from cigpose.data.jpeg import jpeg_size
+from cigpose.evaluate.ground_truth import load_ground_truth
+from cigpose.keypoints import COCO_WHOLEBODY
 
 DRIVE = "drive.google.com/file/d"
 TRAIN = {
@@ -53,7 +56,7 @@ def edit(raw: Path, change: Any) -> None:
     path = raw / "annotations.json"
     values = json.loads(path.read_text())
     change(values)
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values).replace('"DEEP"', "[" * 10_000 + "]" * 10_000))
 
 
 OWN = {"images": "images.zip", "annotations": "annotations.json"}
@@ -303,7 +306,51 @@ def _nothing(values: dict[str, Any]) -> None:
     values.clear()
 
 
+def _of_first(**changes: Any) -> Any:
+    def change(values: dict[str, Any]) -> None:
+        values["annotations"][0] |= changes
+
+    change.__name__ = f"_{'_'.join(changes)}_{str(next(iter(changes.values())))[:12]}"
+    return change
+
+
+def _of_image(**changes: Any) -> Any:
+    def change(values: dict[str, Any]) -> None:
+        values["images"][0] |= changes
+
+    change.__name__ = f"_image_{'_'.join(changes)}_{str(next(iter(changes.values())))[:12].encode('ascii', 'replace')}"
+    return change
+
+
+def _lists_in_lists(values: dict[str, Any]) -> None:
+    values["annotations"][0] = [[1], [2]]
+
+
+def _deep(values: dict[str, Any]) -> None:
+    values["annotations"][0]["segmentation"] = "DEEP"
+
+
 EDITS = [
+    (_of_first(iscrowd="0"), r"annotation \d+: iscrowd is '0', expected 0 or 1"),
+    (_of_first(iscrowd=2), r"annotation \d+: iscrowd is 2, expected 0 or 1"),
+    (_of_first(iscrowd=[]), r"annotation \d+: iscrowd is \[\], expected 0 or 1"),
+    (_of_first(area=-1.0), r"annotation \d+: area is -1.0, expected a number from 0"),
+    (_of_first(area=True), r"annotation \d+: area is True, expected a number from 0"),
+    (_of_first(num_keypoints="3"), r"annotation \d+: num_keypoints is '3', expected a whole number"),
+    (_of_first(category_id="1"), r"annotation \d+: its category_id is '1', expected a whole number"),
+    (_of_first(id=2**63), r"annotations.json: annotation 9223372036854775808: its id is not a whole number"),
+    (_of_first(id=10**199), r"annotations.json: annotation 1e\+?199: its id is not a whole number"),
+    (_of_first(id=True), r"annotations.json: annotation True: its id is not a whole number"),
+    (_of_first(image_id=[]), r"annotation \d+: its image id \[\] is not in"),
+    (_of_first(area=10**30, x=float("nan")), r"annotation \d+: it holds a number of more than 64 bits"),
+    (_of_first(bbox=[[1], 2, 3, 4]), r"annotation \d+: bbox holds NaN, infinite values, or something"),
+    (_of_first(keypoints=[[1, 2, 2]] * 17), r"annotation \d+: keypoints has 17 numbers, expected 51"),
+    (_of_image(width=True), r"image \d+: its width is True, expected pixels"),
+    (_of_image(height=2**40), r"image \d+: its height is 1099511627776, expected pixels"),
+    (_of_image(file_name="caf\udce9.jpg"), r"image \d+: it cannot be written as JSON \(str is not valid UTF-8"),
+    (_of_image(date=10**30, x=float("nan")), r"image \d+: it cannot be written as JSON \(Integer exceeds 64-bit"),
+    (_lists_in_lists, r"annotations.json: annotation 1 of the list: b'\[\[1\], \[2\]\]', expected an object"),
+    (_deep, r"annotations.json: annotation 1 of the list: brackets nested too deep to be read"),
     (_twice, r"annotation \d+: its id is there twice"),
     (_image_twice, r"image 196141: its id is listed twice"),
     (_no_height, r"image 5: its height is None, expected pixels"),
@@ -345,3 +392,43 @@ def test_boxes_of_pictures_that_are_not_listed_are_counted_as_bad(raw: Path, sha
     (raw / "boxes.json").write_text(json.dumps(boxes))
     with pytest.raises(ValueError, match=r"boxes.json: box 1: image id 1 is not in the annotation file"):
         sharder(raw, detections="boxes.json", **OWN)
+
+
+@pytest.mark.parametrize("first", ["annotations", "categories"])
+def test_people_are_those_of_the_category_that_evaluation_scores(
+    first: str, raw: Path, sharder: Any, tmp_path: Path
+) -> None:
+    def other_category(values: dict[str, Any]) -> None:
+        row = next(row for row in values["annotations"] if row["num_keypoints"] and not row["iscrowd"])
+        row["category_id"] = 2
+        broken = next(row for row in reversed(values["annotations"]) if row["num_keypoints"] and not row["iscrowd"])
+        broken |= {"category_id": 2, "keypoints": [0] * 60}
+        values["categories"].append({"id": 2, "name": "mannequin"})
+        rest = {key: values.pop(key) for key in list(values) if key != first}
+        values |= rest
+
+    expected = sharder(raw, **OWN)
+    edit(raw, other_category)
+    index = sharder(raw, ground_truth=True, **OWN)
+    assert index.persons == expected.persons - 2
+    assert index.dropped == {**expected.dropped, "other_category": 2}
+    assert index.bad["count"] == 0
+    truth = load_ground_truth(sharder.folder / "annotations.json", COCO_WHOLEBODY)
+    scored = truth.annotation_id[~truth.is_crowd & (truth.num_keypoints > 0)]
+    assert sorted(sharder.persons()) == sorted(scored.tolist()), "perfect predictions of the shards score AP 1"
+
+
+def test_a_picture_whose_name_is_not_utf8_fails_no_sharding(tmp_path: Path, sharder: Any) -> None:
+    folder = os.fsencode(tmp_path / "raw" / "photos")
+    os.makedirs(folder)
+    picture = cv2.imencode(".jpg", np.full((60, 80, 3), 90, np.uint8))[1].tobytes()
+    for name in (b"good.jpg", b"caf\xe9.jpg"):
+        Path(os.fsdecode(folder + b"/" + name)).write_bytes(picture)
+    names = ["good.jpg", "caf\udce9.jpg"]
+    people = [{"id": i, "image_id": i, "bbox": [5, 5, 40, 30], "keypoints": [10, 10, 2] * 5} for i in (0, 1)]
+    images = [{"id": i, "file_name": name, "width": 80, "height": 60} for i, name in enumerate(names)]
+    (tmp_path / "raw" / "a.json").write_text(json.dumps({"images": images, "annotations": people}))
+    options = {"keypoints": ARM, "images": "photos", "annotations": "a.json"}
+    index = sharder(tmp_path / "raw", sharding={"max_bad_share": 1.0}, **options)
+    assert index.persons == 1 and index.bad["count"] == 2
+    assert "image 1: it cannot be written as JSON (str is not valid UTF-8" in index.bad["examples"][0]

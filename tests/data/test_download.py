@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,6 +231,38 @@ def test_an_unpublished_digest_is_recorded_and_checked_since(room: Room, host) -
     assert (room.folder / "a.json").read_bytes() == CONTENT
 
 
+def test_a_digest_seen_first_is_pinned_even_where_another_file_fails(room: Room, host) -> None:
+    good, gone = row("a.json", host.put("/a.json", CONTENT)), row("b.json", host.address + "/gone.json")
+    with pytest.raises(DownloadError, match="404"):
+        room.fetch(good, gone)
+    (room.folder / "a.json").write_bytes(OTHER)
+    host.put("/gone.json", CONTENT)
+    with pytest.raises(DownloadError, match=rf"its sha256 is {sha256(OTHER)}, recorded in .*manifest.json"):
+        room.fetch(good, gone)
+
+
+def test_the_line_says_what_was_checked(room: Room, host) -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("a/1.json", b"[]")
+    host.length_told = False
+    room.fetch(
+        row("known.json", host.put("/known.json", CONTENT), content=CONTENT),
+        row("b.json", host.put("/b.json", CONTENT)),
+        row("c.zip", host.put("/c.zip", data.getvalue())),
+        row("d.pth", host.put("/d.pth", b"weights")),
+    )
+    recorded, size = "its sha256 is recorded", human_bytes(len(data.getvalue()))
+    for line in (
+        "known.json: 129 kB, verified (sha256 published)",
+        f"b.json: 129 kB, no digest is known: every bracket of its JSON is closed; {recorded}",
+        f"c.zip: {size}, no digest is known: all 1 CRC-32 of its members are right; {recorded}",
+        f"d.pth: 7 B, no digest is known: its format proves nothing about its end; {recorded}",
+    ):
+        assert line in room.lines
+    assert not any("verified" in line for line in room.lines if "known.json" not in line)
+
+
 def test_a_wrong_digest_sends_to_the_next_host(room: Room, host) -> None:
     first, second = host.put("/one/a.json", OTHER), host.put("/two/a.json", CONTENT)
     room.fetch(row("a.json", first, second, content=CONTENT, bytes=None))
@@ -422,7 +456,8 @@ def test_one_file_that_fails_keeps_no_other_from_coming(room: Room, host) -> Non
     assert str(error.value).count("\n") == 0
     assert f"a.json: {host.address[7:]} answers 404 Not Found. Run again later" in str(error.value)
     assert f"put it at {room.folder / 'a.json'}" in str(error.value)
-    assert room.names == ["b.json"]
+    assert room.names == ["b.json", "manifest.json"]
+    assert [entry["file"] for entry in room.manifest] == ["b.json"]
 
 
 @pytest.mark.parametrize(

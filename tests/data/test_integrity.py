@@ -33,6 +33,21 @@ def tar_of(*names: str, link: str | None = None) -> bytes:
     return data.getvalue()
 
 
+def damaged(archive: bytes) -> bytes:
+    return archive.replace(b"x" * 2000, b"x" * 999 + b"y" + b"x" * 1000, 1)
+
+
+def with_hole(archive: bytes) -> bytes:
+    return archive.replace(b"x" * 2000, bytes(2000), 1)
+
+
+def bomb() -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.json", bytes(100 << 20))
+    return data.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -41,6 +56,10 @@ def tar_of(*names: str, link: str | None = None) -> bytes:
         pytest.param("a.tar", tar_of("top/a.json", "top/b.json"), id="tar"),
         pytest.param("a.json", b' \n{"images": []}\n', id="JSON object"),
         pytest.param("a.json", b"[]", id="JSON list"),
+        pytest.param(
+            "a.json", b'{"a": [1, [2, "]"], {"b": "\\\\"}], "c": {"d": [[]]}, "e": null}', id="JSON of any form"
+        ),
+        pytest.param("a.pth", zip_of("archive/data.pkl"), id="weights in a zip"),
         pytest.param("a.pth", bytes(range(256)), id="weights of any format"),
     ],
 )
@@ -69,6 +88,18 @@ def test_a_whole_file_is_accepted(tmp_path: Path, name: str, content: bytes) -> 
         pytest.param("a.json", b'[{"bbox": [1, 2]}', "JSON is cut", id="cut JSON list"),
         pytest.param("a.json", b"PK\3\4", "it is not JSON: it begins with", id="zip named JSON"),
         pytest.param("a.json", b"\n<!DOCTYPE html><html>", "it is a web page", id="page named JSON"),
+        pytest.param("a.json", b'{"a": [{"b": 1}', "JSON is cut", id="JSON cut at an inner bracket"),
+        pytest.param("a.json", b'{"a": [' + b"[1], " * 10 + b'{"b": {"c": 1}', "JSON is cut", id="JSON cut in nesting"),
+        pytest.param("a.json", b'{"a": "' + bytes(2000) + b'"}', "zero bytes", id="JSON with a hole"),
+        pytest.param("a.json", bytes(5000), "nothing but zeros", id="zeros named JSON"),
+        pytest.param("a.tar", bytes(10_240), "nothing but zeros", id="zeros named tar"),
+        pytest.param("a.pth", bytes(10_240), "nothing but zeros", id="zeros named weights"),
+        pytest.param("a.tar", tar_of("a") + bytes(2 << 20), "behind its last member", id="tar whose rest is zeros"),
+        pytest.param("a.zip", damaged(zip_of("a", "b")), "CRC-32 is", id="zip with one byte changed"),
+        pytest.param("a.zip", with_hole(zip_of("a", "b")), "CRC-32 is", id="zip with a hole"),
+        pytest.param("a.pth", damaged(zip_of("a", "b")), "CRC-32 is", id="weights with one byte changed"),
+        pytest.param("a.pth", zip_of("a", "b")[:-100], "not a whole zip", id="cut weights"),
+        pytest.param("a.zip", bomb(), "would unpack", id="zip bomb"),
         pytest.param("a.pth", b"<html></html>", "it is a web page", id="page named weights"),
     ],
 )

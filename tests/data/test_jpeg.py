@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import cv2
 import numpy as np
 import pytest
 
 from cigpose.data.archives import DataError
-from cigpose.data.jpeg import check_jpeg, is_jpeg, jpeg_size
+from cigpose.data.jpeg import check_jpeg, decode_strictly, is_jpeg, jpeg_size
 
 
 def picture(*options: int) -> bytes:
@@ -49,6 +51,31 @@ def test_a_cut_picture_is_refused_wherever_it_is_cut(options: tuple[int, ...], s
 
 def test_bytes_behind_the_end_of_the_picture_do_no_harm() -> None:
     assert check_jpeg(picture() + bytes(1000)) == (56, 40)
+
+
+@pytest.mark.parametrize("options", [(), PROGRESSIVE, RESTARTS], ids=["baseline", "progressive", "restarts"])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_a_picture_cut_and_closed_with_an_end_marker_is_refused_where_it_is_decoded(
+    options: tuple[int, ...], share: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = picture(*options)
+    cut = whole[: int(len(whole) * share)] + b"\xff\xd9"
+    check_jpeg(cut)
+    with pytest.raises(DataError, match=r"the JPEG's picture data are not whole \(libjpeg: .*remature end"):
+        decode_strictly(cut)
+    image = decode_strictly(whole)
+    assert image is not None and image.ndim == 3
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_say_while_a_picture_is_decoded_is_passed_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *rest: os.write(2, b"a driver's warning\n") and decode(*rest))
+    assert decode_strictly(picture()) is not None
+    assert decode_strictly(b"no picture") is None
+    assert capfd.readouterr().err == "a driver's warning\n" * 2
 
 
 @pytest.mark.parametrize("order", ["II", "MM"])

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cigpose.data import jsonstream
+from cigpose.data.archives import DataError
 from cigpose.data.jsonstream import LIST, parse_element, split_arrays
 
 # Everything that a scan for brackets could stumble over: quotes, escapes and brackets inside strings.
@@ -91,3 +92,12 @@ def test_numbers_that_are_not_json_are_left_to_the_caller(raw: bytes, value: flo
 def test_an_element_that_is_not_json_is_named() -> None:
     with pytest.raises(ValueError, match=r"annotation 3: b'\{\"a\": 1 2\}' is not JSON"):
         parse_element(b'{"a": 1 2}', "annotation 3")
+
+
+def test_an_element_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonstream, "_CHUNK", 4 << 20)
+    monkeypatch.setattr(jsonstream, "_LARGEST_ELEMENT", 10 << 20)
+    stream = io.BytesIO(b'{"images": [{"a": "' + b"x" * (40 << 20))
+    with pytest.raises(DataError, match=r"where: \d+ bytes without the end of an element"):
+        list(split_arrays(stream, "where", ("images",)))
+    assert stream.tell() < 20 << 20

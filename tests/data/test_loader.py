@@ -512,6 +512,52 @@ def test_an_address_without_an_index_is_an_error(tiny_shards: Any, host: Any) ->
         train_loader(config, epoch=0, rank=0, world=1, root=tiny_shards.root)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("sha256", "../../project/dvc"), ("name", "../a-00000.tar")], ids=["digest", "name"]
+)
+def test_a_hostile_index_touches_no_file_outside_the_cache(
+    tiny_shards: Any, host: Any, tmp_path: Path, field: str, value: str
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    for ending in ("lock", "tar"):
+        (project / f"dvc.{ending}").write_text("precious")
+    folder = tiny_shards.write("a", [1])
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0][field] = value
+    (folder / "index.json").write_text(json.dumps(index))
+    locations = {"a": serve(host, folder)}
+    config = tiny_shards.config("a", loader={"cache": str(tmp_path / "cache" / "shards")}, locations=locations)
+    with pytest.raises(DataError, match=rf"{host.address}/index.json: not an index of shards \(.*\.\./"):
+        first_batches(config, tiny_shards.root)
+    assert [path.read_text() for path in project.iterdir()] == ["precious", "precious"]
+    assert [path for path, _, _ in host.requests] == ["/index.json"]
+
+
+@pytest.mark.usefixtures("fast_retries")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("endless", r"a-00000\.tar: gives more than \d+ bytes"), ("dripping", r"\d+ bytes in \d+ s, too slow")],
+)
+def test_a_server_that_gives_no_end_is_given_up(
+    tiny_shards: Any, host: Any, tmp_path: Path, change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locations = {"a": serve(host, tiny_shards.write("a", [1]))}
+    if change == "endless":
+        host.files["/a-00000.tar"] += bytes(50 << 20)
+    config = tiny_shards.config("a", loader={"cache": str(tmp_path / "cache")}, locations=locations)
+    loader = train_loader(config, epoch=0, rank=0, world=1, root=tiny_shards.root)
+    if change == "dripping":
+        host.bytes_per_s = 100
+        monkeypatch.setattr(remote, "TIMEOUT_S", 0.2)
+    begin = time.monotonic()
+    with pytest.raises(remote.FetchError, match=message):
+        list(loader)
+    assert time.monotonic() - begin < 10
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert host.sent.get("/a-00000.tar", 0) < 50 << 20
+
+
 @pytest.mark.slow
 def test_s3_shards_are_read_like_local_ones(tiny_shards: Any, tmp_path: Path, s3: Any) -> None:
     folder = tiny_shards.write("a", [3, 2])

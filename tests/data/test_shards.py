@@ -18,7 +18,8 @@ import webdataset as wds
 import yaml
 
 from cigpose.data import shard_jobs, shards, tars
-from cigpose.data.shards import ShardIndex, parse_index, read_index, verify, write_dataset
+from cigpose.data.shard_index import ShardIndex, parse_index, read_index
+from cigpose.data.shards import verify, write_dataset
 
 KEYPOINTS = {"name": "stick", "names": ["head", "foot"], "sigmas": [0.05, 0.05]}
 OWN = {"keypoints": KEYPOINTS, "images": "images.zip", "annotations": "annotations.json"}
@@ -109,7 +110,7 @@ def test_the_index_says_what_is_there(raw: Path, sharder: Any) -> None:
     assert read_index(sharder.folder) == verify(sharder.folder) == index
     values = json.loads((sharder.folder / "index.json").read_text())
     assert (values["format"], values["dataset"], values["keypoints"], values["num_keypoints"]) == (
-        1,
+        2,
         "people",
         "stick",
         2,
@@ -264,7 +265,11 @@ def test_verify_notices_every_change(raw: Path, sharder: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"people-00001.tar: not found, but index.json lists it"):
         verify(sharder.folder)
     path.write_bytes(good)
-    (sharder.folder / "annotations.json").unlink()
+    truth = sharder.folder / "annotations.json"
+    truth.write_bytes(truth.read_bytes().replace(b"[2,2,9,9]", b"[2,2,8,9]").replace(b"[2, 2, 9, 9]", b"[2, 2, 8, 9]"))
+    with pytest.raises(ValueError, match=r"annotations.json: sha256 is .*index.json says .*Delete .* and run"):
+        verify(sharder.folder)
+    truth.unlink()
     with pytest.raises(FileNotFoundError, match=r"annotations.json: not found"):
         verify(sharder.folder)
 
@@ -274,13 +279,66 @@ def test_verify_notices_every_change(raw: Path, sharder: Any) -> None:
     [
         ("{", r"where: not an index of shards"),
         ("{}", r"where: not an index of shards"),
-        ('{"format": 7}', r"where: format 7, this version reads 1"),
-        ('{"format": 1, "shards": [{"name": "a"}]}', r"where: not an index of shards"),
+        ("[" * 100_000, r"where: not an index of shards"),
+        ('{"format": 7}', r"where: format 7, this version reads"),
+        ('{"format": 1, "shards": [{"name": "a"}]}', r"where: not an index of shards \(shard 1 has no bytes\)"),
     ],
 )
 def test_an_index_of_another_kind_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         parse_index(text, "where")
+
+
+SHARD = {"name": "people-00000.tar", "sha256": "a" * 64, "bytes": 9_000, "images": 2, "persons": 3, "detections": 0}
+FACTS = {"format": 1, "dataset": "people", "keypoints": "stick", "num_keypoints": 2, "dropped": {}, "sources": {}}
+TOTALS = {"images": 2, "persons": 3, "detections": 0, "ground_truth": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_shard", "sentence"),
+    [
+        ({}, {"sha256": "../../../../project/dvc"}, r"sha256 of people-00000.tar is '\.\./.*', expected 64 hex digits"),
+        ({}, {"sha256": "a" * 64 + "\n"}, r"expected 64 hex digits"),
+        ({}, {"name": "../people-00000.tar"}, r"name of shard 1 is '\.\./people-00000.tar', expected letters"),
+        ({}, {"name": "a/b.tar"}, r"name of shard 1 is"),
+        ({}, {"name": ".a.tar"}, r"name of shard 1 is"),
+        ({}, {"name": "a.tar\n"}, r"name of shard 1 is"),
+        ({}, {"name": "people-00000.zip"}, r"name of shard 1 is"),
+        ({}, {"name": None}, r"name of shard 1 is None"),
+        ({}, {"bytes": -1}, r"bytes of people-00000.tar is -1, expected a whole number"),
+        ({}, {"persons": True}, r"persons of people-00000.tar is True"),
+        ({}, {"persons": 3.0}, r"persons of people-00000.tar is 3.0"),
+        ({}, {"images": 10**200}, r"images of people-00000.tar is 1000"),
+        ({}, {"bytes": 1 << 50}, r"people-00000.tar cannot hold 2 images in \d+ bytes"),
+        ({}, {"images": 5}, r"people-00000.tar cannot hold 5 images in 9000 bytes"),
+        ({}, {"persons": 9_001}, r"people-00000.tar cannot hold 9001 persons"),
+        ({}, {"host": "x"}, r"shard 1 has a key 'host'"),
+        ({"shards": []}, {}, r"it lists no shards"),
+        ({"shards": [SHARD, SHARD]}, {}, r"people-00000.tar is listed twice; its people would count twice"),
+        ({"shards": [SHARD, {**SHARD, "name": "b.tar"}]}, {}, r"b.tar is listed twice \(as people-00000.tar too\)"),
+        ({"persons": 4}, {}, r"4 persons in all, but the shards listed hold 3"),
+        ({"ground_truth": "../annotations.json"}, {}, r"ground_truth is '\.\./annotations.json'"),
+        ({"ground_truth": "index.json"}, {}, r"ground_truth is 'index.json'"),
+        ({"num_keypoints": "2"}, {}, r"num_keypoints is '2'"),
+        ({"dropped": {"crowd": -1}}, {}, r"dropped is \{'crowd': -1\}"),
+        ({"sources": {"a.zip": "b"}}, {}, r"sources is \{'a.zip': 'b'\}"),
+        ({"format": 2, "ground_truth": "annotations.json"}, {}, r"ground_truth and ground_truth_sha256 come together"),
+        ({"ground_truth_sha256": "b" * 64}, {}, r"ground_truth and ground_truth_sha256 come together"),
+        ({"ground_truth": "a.json", "ground_truth_sha256": "../a"}, {}, r"ground_truth_sha256 is '../a', expected 64"),
+        ({"bad": {"count": "x"}}, {}, r"bad is \{'count': 'x'\}"),
+        ({"more": 1}, {}, r"the index has a key 'more'"),
+    ],
+)
+def test_an_index_that_cannot_be_true_is_one_sentence_that_names_it(
+    changes: dict[str, Any], of_shard: dict[str, Any], sentence: str
+) -> None:
+    good = {**FACTS, **TOTALS, "shards": [SHARD]}
+    assert parse_index(json.dumps(good), "where").persons == 3
+    values = {**good, "shards": [{**SHARD, **of_shard}], **changes}
+    with pytest.raises(ValueError, match=sentence) as error:
+        parse_index(json.dumps(values), "http://server/index.json")
+    assert str(error.value).startswith("http://server/index.json: not an index of shards (")
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_index_was_not_sharded(tmp_path: Path) -> None:
@@ -316,6 +374,17 @@ def test_a_jpeg_that_ends_well_but_does_not_decode_is_found_on_demand(
         return
     with pytest.raises(ValueError, match=r"image 4 \(4.jpg\): not a picture OpenCV can decode"):
         sharder(raw, **options)
+
+
+def test_a_jpeg_that_was_cut_and_closed_again_is_found_on_demand(raw: Path, sharder: Any) -> None:
+    with zipfile.ZipFile(raw / "images.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["set/4.jpg"] = files["set/4.jpg"][:-200] + b"\xff\xd9"
+    with zipfile.ZipFile(raw / "images.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match=r"image 4 \(4.jpg\): the JPEG's picture data are not whole"):
+        sharder(raw, sharding={"verify_images": True}, **OWN)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_the_same_bytes_arrive_whatever_happens_on_the_way(host, act, partial, a
     run(host.put("/a.bin", CONTENT, *(act(**a) for a in acts)), partial)
     assert partial.path.read_bytes() == CONTENT
     assert host.ranges() == ranges
+
+
+def test_a_server_that_drips_is_given_up(host, partial) -> None:
+    patience = Patience(max_attempts=2, timeout_s=0.3, first_wait_s=0.01)
+    host.bytes_per_s = 100
+    begin = time.monotonic()
+    with pytest.raises(TransferError, match=r"gave \d+ bytes in 0 s \(given up after 2 attempts as slow\)"):
+        run(host.put("/a.bin", CONTENT), partial, patience)
+    assert time.monotonic() - begin < 10
+    host.bytes_per_s = None
+    run(host.put("/a.bin", CONTENT), partial, patience)
+    assert partial.path.read_bytes() == CONTENT
 
 
 def test_a_silent_server_is_left_and_asked_for_the_rest(host, act, partial) -> None:

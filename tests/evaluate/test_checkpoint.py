@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,40 @@ def test_shards_without_ground_truth_are_refused(project: Project) -> None:
     without = dataclasses.replace(shards, index=dataclasses.replace(shards.index, ground_truth=None))
     with pytest.raises(ValueError, match=r"has no ground truth\. Set data\.datasets\.people\.ground_truth: true"):
         dataset_truth(without, project.config)
+
+
+def _bigger_areas(truth: dict[str, Any]) -> None:
+    for annotation in truth["annotations"]:
+        annotation["area"] *= 100
+
+
+def _moved_keypoint(truth: dict[str, Any]) -> None:
+    truth["annotations"][0]["keypoints"][0] += 50
+
+
+def _person_less(truth: dict[str, Any]) -> None:
+    truth["annotations"].pop()
+
+
+@pytest.mark.parametrize("change", [_bigger_areas, _moved_keypoint, _person_less])
+def test_labels_changed_behind_the_index_are_refused(project: Project, tmp_path: Path, change: Any) -> None:
+    folder = tmp_path / "people"
+    shutil.copytree(project.shards / "people", folder)
+    assert len(dataset_truth(open_shards(project.config, "people", tmp_path), project.config))
+    truth = json.loads((folder / "annotations.json").read_text())
+    change(truth)
+    (folder / "annotations.json").write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match=r"people/annotations.json: sha256 is \w+\.\.\., index.json says \w+"):
+        dataset_truth(open_shards(project.config, "people", tmp_path), project.config)
+
+
+def test_labels_beside_an_index_of_format_1_have_no_digest_and_are_read(project: Project, tmp_path: Path) -> None:
+    folder = tmp_path / "people"
+    shutil.copytree(project.shards / "people", folder)
+    index = json.loads((folder / "index.json").read_text())
+    del index["ground_truth_sha256"]
+    (folder / "index.json").write_text(json.dumps({**index, "format": 1}))
+    assert len(dataset_truth(open_shards(project.config, "people", tmp_path), project.config))
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (3, 3), (100, 6)])

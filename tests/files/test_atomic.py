@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cigpose.files.atomic import ClaimedError, claimed, written_file, written_folder
+from cigpose.files import atomic
+from cigpose.files.atomic import ClaimedError, claimed, clear_leftovers, written_file, written_folder
 
 HOLD = """
 import sys
@@ -85,3 +86,39 @@ def test_a_claim_names_its_owner_and_a_dead_owner_loses_it(tmp_path: Path) -> No
     with claimed(lock, "the work"):
         assert str(os.getpid()) in lock.read_text()
     assert lock.read_text() == ""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_what_a_killed_writer_left_is_cleared_and_the_old_folder_is_back(
+    tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "weights").write_text("old")
+    (tmp_path / ".model.notes.part").write_text("somebody else's")
+
+    class Killed(BaseException):
+        pass
+
+    replace, done = os.replace, []
+
+    def killed_after(source: object, destination: object) -> None:
+        if len(done) == renames:
+            raise Killed
+        done.append(source)
+        replace(source, destination)  # type: ignore[call-overload]
+
+    part = tmp_path / ".model.0123abcd.part"
+    part.mkdir()
+    (part / "weights").write_text("new")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_after)
+        patch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)
+        if renames < 2:
+            with pytest.raises(Killed):
+                atomic.replace_folder(part, target)
+        else:
+            atomic.replace_folder(part, target)
+    clear_leftovers(target)
+    assert (target / "weights").read_text() == ("new" if renames == 2 else "old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.notes.part", "model"]

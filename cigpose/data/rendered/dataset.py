@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,43 +15,68 @@ import cv2
 from cigpose.config import RenderConfig
 from cigpose.data.rendered.annotate import CATEGORY
 from cigpose.data.rendered.scene import render_image
+from cigpose.data.workers import map_in_processes
+from cigpose.files.atomic import claimed, clear_leftovers, written_folder
 from cigpose.progress import progress
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """Time stamp of every member: the same pictures give the same bytes."""
 _CHUNK = 16
+IMAGES = "images.zip"
+ANNOTATIONS = "annotations.json"
+_FILES = {IMAGES, ANNOTATIONS}
 
 Rendered = tuple[bytes, list[dict[str, Any]]]
 
 
 def render_dataset(config: RenderConfig, folder: Path, *, processes: int | None = None) -> dict[str, int]:
-    """Render a dataset into `folder` (made if needed; its two files are replaced).
+    """Render a dataset into `folder`, as a whole or not at all, by one process at a time.
 
     Args:
         config: what to draw.
-        folder: gets `images.zip` and `annotations.json`; neither is seen before it is whole.
+        folder: becomes a folder with `images.zip` and `annotations.json`, in place of an earlier one, once both are
+            whole.
         processes: how many share the work; None for one per core. The files do not depend on it.
 
     Returns:
         The numbers of `images` and `persons`.
+
+    Raises:
+        ClaimedError: another process renders this dataset.
+        ChildProcessError: a process of several was killed.
+        FileExistsError: the folder holds something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    processes = min(processes or _cores(), config.num_images)
+    folder = folder.resolve()  # a link to another disk stays one
+    with claimed(folder.with_name(f".{folder.name}.lock"), f"a rendering of {folder.name}"):
+        clear_leftovers(folder)
+        _refuse_other_files(folder)
+        with written_folder(folder) as part:
+            return _render(config, part, folder.name, min(processes or _cores(), config.num_images))
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """The folder is replaced as a whole, so that nothing of anybody else's may be in it."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name.removesuffix(".part") not in _FILES:
+            raise FileExistsError(f"{path}: not made by a rendering, and the folder is replaced whole. Move it away.")
+
+
+def _render(config: RenderConfig, folder: Path, name: str, processes: int) -> dict[str, int]:
     width, height = config.image_size
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    archive = folder / "images.zip.part"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as file, _renderer(config, processes) as rendered:
-        bar = progress(rendered, total=config.num_images, desc=f"render {folder.name}", unit="image")
+    with zipfile.ZipFile(folder / IMAGES, "w", zipfile.ZIP_STORED) as file:
+        bar = progress(_rendered(config, processes), total=config.num_images, desc=f"render {name}", unit="image")
         for image_id, (jpeg, persons) in enumerate(bar, start=1):
-            name = f"{image_id:012d}.jpg"
-            member = zipfile.ZipInfo(f"images/{name}", _EPOCH)
+            file_name = f"{image_id:012d}.jpg"
+            member = zipfile.ZipInfo(f"images/{file_name}", _EPOCH)
             member.external_attr = 0o644 << 16
             file.writestr(member, jpeg)
-            images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+            images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
             for person in persons:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **person})
-    table = folder / "annotations.json.part"
     document = {
         "info": {"description": "Rendered people with COCO-WholeBody labels", "version": "1", "seed": config.seed},
         "licenses": [],
@@ -61,9 +84,7 @@ def render_dataset(config: RenderConfig, folder: Path, *, processes: int | None 
         "categories": [CATEGORY],
         "annotations": annotations,
     }
-    table.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-    archive.replace(folder / "images.zip")
-    table.replace(folder / "annotations.json")
+    (folder / ANNOTATIONS).write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     return {"images": len(images), "persons": len(annotations)}
 
 
@@ -71,20 +92,26 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _renderer(config: RenderConfig, processes: int) -> Iterator[Iterator[Rendered]]:
-    """The pictures in order, drawn by one or more processes."""
-    draw = partial(render_jpeg, config)
+def _rendered(config: RenderConfig, processes: int) -> Iterator[Rendered]:
+    """The pictures in order, drawn by one or more processes.
+
+    Raises:
+        ChildProcessError: a process of several was killed.
+    """
     if processes <= 1:
-        yield map(draw, range(config.num_images))
+        yield from map(partial(render_jpeg, config), range(config.num_images))
         return
-    with multiprocessing.get_context("spawn").Pool(processes, _single_thread) as pool:
-        yield pool.imap(draw, range(config.num_images), chunksize=_CHUNK)
+    chunks = [range(i, min(i + _CHUNK, config.num_images)) for i in range(0, config.num_images, _CHUNK)]
+    try:
+        for _, pictures in map_in_processes(partial(_render_chunk, config), chunks, processes):
+            yield from pictures
+    except ChildProcessError as err:
+        raise ChildProcessError(f"{err}. Nothing was changed; run again.") from err
 
 
-def _single_thread() -> None:
-    """One thread per process: the processes already fill the cores."""
-    cv2.setNumThreads(1)
+def _render_chunk(config: RenderConfig, numbers: range) -> list[Rendered]:
+    cv2.setNumThreads(1)  # the processes already fill the cores
+    return [render_jpeg(config, number) for number in numbers]
 
 
 def render_jpeg(config: RenderConfig, index: int) -> Rendered:
