@@ -31,14 +31,34 @@ def shared() -> Path:
     """Reference material that lies beside the checkout; tests that need it are skipped without."""
     folder = ROOT.parent / "shared"
     if not (folder / "golden").is_dir():
-        pytest.skip("../shared is not there: reference numbers and the mirror of the download hosts live in it")
+        pytest.skip("../shared is not there: the large set of reference numbers and the mirror of the download hosts")
     return folder
 
 
 @pytest.fixture(scope="session")
-def golden(shared: Path) -> Path:
-    """Reference numbers of the original code."""
+def golden() -> Path:
+    """Reference numbers of the original code, in the checkout (see its README.md)."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def large_golden(shared: Path) -> Path:
+    """The large set that `golden` is a part of: whole arrays, real pictures and their crops."""
     return shared / "golden"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread, as it did for the reference numbers.
+
+    In small models two threads mostly wait for each other: on busy cores a training step takes ten times as long.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @contextmanager

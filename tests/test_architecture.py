@@ -1,4 +1,4 @@
-"""What may import what (see the design: library below, orchestration above)."""
+"""What may import what: the library below knows nothing of the orchestration above it."""
 
 from __future__ import annotations
 

@@ -70,6 +70,8 @@ def test_a_paper_preset_holds_every_number_of_the_original(upstream: str, golden
     model, train, head = config.model, config.train, entry["head"]
     assert list(model.input_size) == entry["input_size_wh"]
     assert len(config.keypoint_set) == entry["num_keypoints"]
+    assert len(config.keypoint_set.edges) == head["num_edges_undirected"]
+    assert len(config.keypoint_set.groups) == head["num_groups"]
     for name in ("widen_factor", "deepen_factor", "expand_ratio", "pretrained"):
         assert getattr(model.backbone, name) == entry["backbone"][name]
     assert (model.head.hidden, model.head.gau_s) == (head["gau"]["hidden_dims"], head["gau"]["s"])

@@ -1,6 +1,6 @@
 """Average precision of predicted persons by pycocotools, per part and for the whole body.
 
-The protocol is upstream's (golden README section 4), its numbers are reproduced exactly:
+The protocol is upstream's, its numbers are reproduced exactly (tests/evaluate/test_coco.py compares them):
 - duplicates are removed and persons scored as `cigpose.evaluate.oks` says; all parts share the person score;
 - each part is an evaluation of its own, over its keypoints and sigmas (float32), at most 20 persons per image;
 - a ground truth counts in a part only where it has a labelled keypoint of that part, a prediction only where it has a

@@ -1,6 +1,7 @@
 """Object keypoint similarity between predictions: the person score, and the suppression of duplicates.
 
-Upstream's rules (golden README section 4). N persons of one image, K keypoints; coordinates are image pixels.
+Upstream's rules, told at each function and compared in tests/evaluate. N persons of one image, K keypoints;
+coordinates are image pixels.
 """
 
 from __future__ import annotations

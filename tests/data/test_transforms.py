@@ -51,12 +51,39 @@ def affine(folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(folder / "affine_and_flip.npz"))
 
 
-def image_of(folder: Path, affine: dict[str, np.ndarray], row: int) -> np.ndarray:
-    return cv2.imread(str(folder / "images" / f"{affine['img_id'][row]:012d}.png"))
+@pytest.fixture(scope="module")
+def large_folder(large_golden: Path) -> Path:
+    return large_golden / "transforms"
 
 
-def reference_crop(folder: Path, name: str) -> np.ndarray:
-    return cv2.imread(str(folder / "crops" / f"{name}.png")).astype(int)
+@pytest.fixture(scope="module")
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    """Scattered pixels of the reference's crops, and what they are made of."""
+    return dict(np.load(folder / "pixels.npz"))
+
+
+def sparse_image(affine: dict[str, np.ndarray], row: int, pixels: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The picture as far as the kept pixels of a crop are made of it; noise elsewhere."""
+    width, height = affine["image_wh"][row].tolist()
+    margin = 1000  # squares may lie outside of the picture
+    rng = np.random.default_rng(0)
+    padded = rng.integers(0, 256, (height + 2 * margin, width + 2 * margin, 3), dtype=np.uint8)
+    for (x, y), square in zip(pixels[f"{name}/corner"] + margin, pixels[f"{name}/around"], strict=True):
+        padded[y : y + square.shape[0], x : x + square.shape[1]] = square
+    return padded[margin:-margin, margin:-margin]
+
+
+def assert_kept_pixels_equal(crop: np.ndarray, pixels: dict[str, np.ndarray], name: str) -> None:
+    x, y = pixels[f"{name}/place"].T
+    assert np.abs(crop[y, x].astype(int) - pixels[f"{name}/pixel"]).max() <= GREY_LEVEL
+
+
+def image_of(large_folder: Path, affine: dict[str, np.ndarray], row: int) -> np.ndarray:
+    return cv2.imread(str(large_folder / "images" / f"{affine['img_id'][row]:012d}.png"))
+
+
+def reference_crop(large_folder: Path, name: str) -> np.ndarray:
+    return cv2.imread(str(large_folder / "crops" / f"{name}.png")).astype(int)
 
 
 def person_of(affine: dict[str, np.ndarray], row: int, width: int = 640) -> Person:
@@ -106,9 +133,8 @@ def test_boxes_give_the_reference_crop_and_keypoints(affine: dict[str, np.ndarra
         np.testing.assert_allclose(points, affine[f"{tag}/transformed_keypoints"][row], rtol=1e-5, atol=1e-3)
 
 
-def test_a_flipped_person_is_the_reference_one(folder: Path, affine: dict[str, np.ndarray]) -> None:
-    for row in range(len(affine["ann_id"])):
-        width = image_of(folder, affine, row).shape[1]
+def test_a_flipped_person_is_the_reference_one(affine: dict[str, np.ndarray]) -> None:
+    for row, (width, _) in enumerate(affine["image_wh"].tolist()):
         flipped = flip(person_of(affine, row, width), COCO_WHOLEBODY.flip_index)
         np.testing.assert_allclose(flipped.keypoints, affine["flip/keypoints"][row])
         np.testing.assert_array_equal(flipped.visible, affine["flip/visible"][row])
@@ -181,8 +207,8 @@ def test_half_body_has_its_probabilities() -> None:
     assert abs(share - 0.7) < 0.055
 
 
-@pytest.mark.parametrize("setting", STAGES)
-def test_box_changes_equal_the_reference(folder: Path, affine: dict[str, np.ndarray], setting: str) -> None:
+def check_box_changes(folder: Path, affine: dict[str, np.ndarray], setting: str, kept: str) -> None:
+    """Our changes of the boxes against a table of the reference, which holds every keypoint or `[:, ::7]` of them."""
     table = {
         name.split("/", 1)[1]: values
         for name, values in np.load(folder / "bbox_transform.npz").items()
@@ -197,8 +223,20 @@ def test_box_changes_equal_the_reference(folder: Path, affine: dict[str, np.ndar
         np.testing.assert_allclose(person.scale, table["scale_out"][i], rtol=1e-5)
         matrix = person_matrix(person, SIZES["256x192"])
         np.testing.assert_allclose(matrix, table["matrix_256x192"][i], rtol=1e-5, atol=1e-3)
-        points = transform_points(matrix, person.keypoints)
-        np.testing.assert_allclose(points, table["transformed_keypoints_256x192"][i], rtol=1e-4, atol=5e-3)
+        points = transform_points(matrix, person.keypoints)[:: 7 if kept else 1]
+        np.testing.assert_allclose(points, table[f"transformed_keypoints_256x192{kept}"][i], rtol=1e-4, atol=5e-3)
+
+
+@pytest.mark.parametrize("setting", STAGES)
+def test_box_changes_equal_the_reference(folder: Path, affine: dict[str, np.ndarray], setting: str) -> None:
+    check_box_changes(folder, affine, setting, "[:, ::7]")
+
+
+@pytest.mark.parametrize("setting", STAGES)
+def test_box_changes_equal_the_large_set_in_every_keypoint(
+    large_folder: Path, affine: dict[str, np.ndarray], setting: str
+) -> None:
+    check_box_changes(large_folder, affine, setting, "")
 
 
 @pytest.mark.parametrize("setting", STAGES)
@@ -239,33 +277,64 @@ def test_augmenting_changes_nothing_of_its_argument_and_depends_on_the_generator
 # Pixels
 
 
-@pytest.mark.parametrize(
-    ("tag", "ann"), [("256x192", 442619), ("256x192", 437295), ("256x192", 460541), ("384x288", 437295)]
-)
-def test_crops_equal_the_reference(folder: Path, affine: dict[str, np.ndarray], tag: str, ann: int) -> None:
+CROPS = [("256x192", 442619), ("256x192", 437295), ("256x192", 460541), ("384x288", 437295)]
+
+
+def crop_of(image: np.ndarray, affine: dict[str, np.ndarray], tag: str, ann: int) -> np.ndarray:
+    """Our crop of a person."""
     row = affine["ann_id"].tolist().index(ann)
-    crop = crop_image(image_of(folder, affine, row), person_matrix(person_of(affine, row), SIZES[tag]), SIZES[tag])
-    assert np.abs(crop - reference_crop(folder, f"{tag}_ann{ann}")).max() <= GREY_LEVEL
+    return crop_image(image, person_matrix(person_of(affine, row), SIZES[tag]), SIZES[tag])
 
 
-def test_the_crop_of_a_flipped_person_equals_the_reference(folder: Path, affine: dict[str, np.ndarray]) -> None:
+def flipped_crop_of(image: np.ndarray, affine: dict[str, np.ndarray]) -> np.ndarray:
+    """Our crop of person 437295 in the mirrored picture."""
     row = affine["ann_id"].tolist().index(437295)
-    image = image_of(folder, affine, row)
     person = flip(person_of(affine, row, image.shape[1]), COCO_WHOLEBODY.flip_index)
-    crop = crop_image(image, person_matrix(person, SIZES["256x192"]), SIZES["256x192"], person.mirrored)
-    assert np.abs(crop - reference_crop(folder, "256x192_ann437295_flipped")).max() <= GREY_LEVEL
+    return crop_image(image, person_matrix(person, SIZES["256x192"]), SIZES["256x192"], person.mirrored)
+
+
+def changed_crop_of(image: np.ndarray, folder: Path, seed: int) -> np.ndarray:
+    """Our crop of person 437295 after the reference's change of its box."""
+    table = np.load(folder / "bbox_transform.npz")
+    pick = (table["stage1_m_l/ann_id"] == 437295) & (table["stage1_m_l/seed"] == seed)
+    return crop_image(image, table["stage1_m_l/matrix_256x192"][pick][0], SIZES["256x192"])
+
+
+@pytest.mark.parametrize(("tag", "ann"), CROPS)
+def test_pixels_of_crops_equal_the_reference(
+    affine: dict[str, np.ndarray], pixels: dict[str, np.ndarray], tag: str, ann: int
+) -> None:
+    name, row = f"{tag}_ann{ann}", affine["ann_id"].tolist().index(ann)
+    crop = crop_of(sparse_image(affine, row, pixels, name), affine, tag, ann)
+    assert_kept_pixels_equal(crop, pixels, name)
+
+
+def test_pixels_of_the_crop_of_a_flipped_person_equal_the_reference(
+    affine: dict[str, np.ndarray], pixels: dict[str, np.ndarray]
+) -> None:
+    name, row = "256x192_ann437295_flipped", affine["ann_id"].tolist().index(437295)
+    assert_kept_pixels_equal(flipped_crop_of(sparse_image(affine, row, pixels, name), affine), pixels, name)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_shifted_scaled_and_turned_crops_equal_the_reference(
-    folder: Path, affine: dict[str, np.ndarray], seed: int
+def test_pixels_of_shifted_scaled_and_turned_crops_equal_the_reference(
+    folder: Path, affine: dict[str, np.ndarray], pixels: dict[str, np.ndarray], seed: int
 ) -> None:
-    table = np.load(folder / "bbox_transform.npz")
-    pick = (table["stage1_m_l/ann_id"] == 437295) & (table["stage1_m_l/seed"] == seed)
-    matrix = table["stage1_m_l/matrix_256x192"][pick][0]
-    image = image_of(folder, affine, affine["ann_id"].tolist().index(437295))
-    crop = crop_image(image, matrix, SIZES["256x192"])
-    assert np.abs(crop - reference_crop(folder, f"256x192_ann437295_bboxtransform_seed{seed}")).max() <= GREY_LEVEL
+    name, row = f"256x192_ann437295_bboxtransform_seed{seed}", affine["ann_id"].tolist().index(437295)
+    assert_kept_pixels_equal(changed_crop_of(sparse_image(affine, row, pixels, name), folder, seed), pixels, name)
+
+
+def test_whole_crops_of_real_pictures_equal_the_reference(large_folder: Path, affine: dict[str, np.ndarray]) -> None:
+    found = {}
+    for tag, ann in CROPS:
+        image = image_of(large_folder, affine, affine["ann_id"].tolist().index(ann))
+        found[f"{tag}_ann{ann}"] = crop_of(image, affine, tag, ann)
+    image = image_of(large_folder, affine, affine["ann_id"].tolist().index(437295))
+    found["256x192_ann437295_flipped"] = flipped_crop_of(image, affine)
+    for seed in range(3):
+        found[f"256x192_ann437295_bboxtransform_seed{seed}"] = changed_crop_of(image, large_folder, seed)
+    for name, crop in found.items():
+        assert np.abs(crop - reference_crop(large_folder, name)).max() <= GREY_LEVEL, name
 
 
 def test_a_mirrored_crop_is_the_crop_of_the_mirrored_picture() -> None:
@@ -289,12 +358,24 @@ def test_a_crop_far_outside_the_picture_is_black(center: tuple[float, float], sc
     assert crop[:20, :20].max() == 0
 
 
+def hsv_gains(folder: Path, seed: int) -> list[int]:
+    """The reference's draws of a seed."""
+    cases = json.loads((folder / "hsv.json").read_text())["cases"]
+    return next(case["gains"] for case in cases if case["seed"] == seed)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_hsv_changes_equal_the_reference(folder: Path, seed: int) -> None:
-    gains = {case["seed"]: case["gains"] for case in json.loads((folder / "hsv.json").read_text())["cases"]}[seed]
-    crop = reference_crop(folder, "256x192_ann437295").astype(np.uint8)[..., ::-1]
-    changed = change_hsv(np.ascontiguousarray(crop), gains)[..., ::-1]
-    assert np.abs(changed - reference_crop(folder, f"256x192_ann437295_hsv_seed{seed}")).max() <= GREY_LEVEL
+def test_hsv_changes_of_pixels_equal_the_reference(folder: Path, pixels: dict[str, np.ndarray], seed: int) -> None:
+    before, after = (pixels[f"256x192_ann437295{suffix}/pixel"][None] for suffix in ("", f"_hsv_seed{seed}"))
+    changed = change_hsv(np.ascontiguousarray(before[..., ::-1]), hsv_gains(folder, seed))[..., ::-1]
+    assert np.abs(changed.astype(int) - after).max() <= GREY_LEVEL
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_hsv_changes_of_whole_crops_equal_the_reference(large_folder: Path, seed: int) -> None:
+    crop = reference_crop(large_folder, "256x192_ann437295").astype(np.uint8)[..., ::-1]
+    changed = change_hsv(np.ascontiguousarray(crop), hsv_gains(large_folder, seed))[..., ::-1]
+    assert np.abs(changed - reference_crop(large_folder, f"256x192_ann437295_hsv_seed{seed}")).max() <= GREY_LEVEL
 
 
 @pytest.mark.parametrize("gains", [(0, 0, 0), (5, 30, -30), (-5, -30, 30), (90, 255, -255), (-170, -999, 999)])

@@ -3,9 +3,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Case:
     predictions: Predictions
     truth: dict[str, Any]
     expected: dict[str, Any]
-    results: list[dict[str, Any]]
+    results: dict[str, np.ndarray]
+    """The reference's result file: `row` of the predictions and `score` of each person, in its order."""
     config: EvaluateConfig
 
 
@@ -61,9 +62,9 @@ def load_case(golden: Path, name: str) -> Case:
     return Case(
         keypoint_set=SETS[name],
         predictions=predictions,
-        truth=json.loads(gzip.decompress((folder / "gt.json.gz").read_bytes())),
+        truth=json.loads(lzma.decompress((folder / "gt.json.xz").read_bytes())),
         expected=json.loads((folder / "expected.json").read_text()),
-        results=json.loads(gzip.decompress((folder / "results.keypoints.json.gz").read_bytes())),
+        results=dict(np.load(folder / "results.npz")),
         config=EvaluateConfig(area="box" if name == "crowdpose" else "annotation"),
     )
 
@@ -109,15 +110,23 @@ def test_the_result_file_holds_the_persons_of_the_reference_in_its_order(case: C
     path = tmp_path / "results.json"
     evaluate_predictions(case.predictions, case.truth, case.keypoint_set, case.config, path)
     written = json.loads(path.read_text())
+    found, rows, scores = case.predictions, case.results["row"], case.results["score"]
+    has_score = (found.keypoint_scores[rows] > 0).any(axis=1)
+    rows, scores = rows[has_score], scores[has_score]
     fields = list(case.keypoint_set.annotation_fields)
-    scored = [row for row in case.results if any(score > 0 for name in fields for score in row[name][2::3])]
-    assert len(written) == len(scored)
-    for ours, reference in zip(written, scored, strict=True):
-        assert ours["image_id"] == reference["image_id"] and ours["category_id"] == 1
-        assert ours["score"] == pytest.approx(reference["score"], rel=1e-6)  # theirs is a float32 mean
-        assert ("bbox" in ours) == ("bbox" in reference)
-        for name in [*fields, *(["bbox"] if "bbox" in reference else [])]:
-            assert np.allclose(ours[name], reference[name], rtol=0, atol=6e-5)  # written with four decimals
+    points = np.array([np.concatenate([np.reshape(row[name], (-1, 3)) for name in fields]) for row in written])
+    corners = found.bbox_xyxy[rows]
+    assert [row["image_id"] for row in written] == found.image_id[rows].tolist()
+    assert {row["category_id"] for row in written} == {1}
+    np.testing.assert_allclose([row["score"] for row in written], scores, rtol=1e-6)  # theirs is a float32 mean
+    # written with four decimals
+    np.testing.assert_allclose(points[..., :2], found.keypoints[rows], rtol=0, atol=6e-5)
+    np.testing.assert_allclose(points[..., 2], found.keypoint_scores[rows], rtol=0, atol=6e-5)
+    if len(case.keypoint_set.parts) > 1:
+        assert not any("bbox" in row for row in written), "as in the reference's whole-body files"
+    else:
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        np.testing.assert_allclose([row["bbox"] for row in written], boxes, rtol=0, atol=6e-5)
 
 
 def test_body_result_file_scores_identically_in_plain_pycocotools(golden: Path, tmp_path: Path) -> None:

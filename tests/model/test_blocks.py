@@ -194,6 +194,19 @@ def test_accuracy_divides_x_by_the_height_and_y_by_the_width():
     assert losses.keypoint_accuracy(logits, labels, torch.zeros(1, 3), size, 2.0).item() == 0
 
 
+def test_accuracy_is_the_originals_mean_over_keypoints_with_a_sample(unit):
+    expected, fine = unit("accuracy"), 64.0  # bins so fine that no distance crosses the threshold
+    logits, labels = (
+        tuple(
+            F.one_hot((expected[points][..., axis] * fine).round().long(), int(side * fine)).float()
+            for axis, side in enumerate((192, 256))
+        )
+        for points in ("pred_keypoints", "gt_keypoints")
+    )
+    accuracy = losses.keypoint_accuracy(logits, labels, expected["mask"].float(), (192, 256), fine)
+    assert accuracy.item() == pytest.approx(expected["avg_acc"].item(), rel=1e-6)
+
+
 def test_flip_test_mirrors_and_averages_as_the_original(unit):
     expected = unit("flip_vectors")
     passes = iter([(torch.zeros_like(expected["x"]), torch.zeros_like(expected["y"])), (expected["x"], expected["y"])])

@@ -25,6 +25,15 @@ def test_size_and_cost_are_the_published_ones(golden, original):
     assert published is None or round(size.multiply_adds_edgewise / 1e9, 1) == published
 
 
+@pytest.mark.parametrize("original", PRESETS)
+def test_the_backbone_and_the_layers_without_gradient_are_the_original_ones(golden, original):
+    expected = next(entry for entry in json.loads((golden / "zoo.json").read_text()) if entry["config"] == original)
+    with torch.device("meta"):
+        model = build_model(load_preset(PRESETS[original]))
+    assert sum(p.numel() for p in model.backbone.parameters()) == expected["params_backbone"]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == expected["never_trained"]
+
+
 def test_the_counter_agrees_with_a_model_that_computes(tiny_config):
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,46 +1,33 @@
-"""Five optimiser steps of the reference models through the real training step (golden/README.md, section 1)."""
+"""Five optimiser steps of the reference models through the real training step (tests/golden/README.md)."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_models import load_golden_model
 
 from cigpose import codec
 from cigpose.train.build import state_around
 from cigpose.train.step import train_step
 
-pytestmark = pytest.mark.slow
-
-_spec = importlib.util.spec_from_file_location("golden_models", Path(__file__).parents[1] / "model" / "conftest.py")
-golden_models = importlib.util.module_from_spec(_spec)
-sys.modules["golden_models"] = golden_models
-_spec.loader.exec_module(golden_models)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 PRESETS = ["cigpose-m_crowdpose_256x192", "cigpose-m_coco-wholebody_256x192", "cigpose-l_coco_256x192"]
 
 
 def reference(golden: Path, preset: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """State with the reference's weights, its batch, its numbers."""
-    case = golden_models.load_golden_model(golden, preset)
+    case = load_golden_model(golden, preset)
     cluster = dataclasses.replace(case.config.train.cluster, num_workers=1)
     train = dataclasses.replace(case.config.train, loss_batch=2, batch_total=2, cluster=cluster, precision="fp32")
     config = dataclasses.replace(case.config, train=train)
     state = state_around(case.build().train().to(dtype), config, torch.device("cpu"))
-    width, height = config.model.input_size
-    bgr = np.random.RandomState(0).randint(0, 256, size=(2, height, width, 3)).astype(np.uint8)
-    batch = {
-        "crops": torch.from_numpy(np.ascontiguousarray(bgr[..., ::-1])),
-        "keypoints": case.keypoints,
-        "visible": case.visible,
-        "keys": ["a", "b"],
-    }
+    batch = {"crops": case.crops, "keypoints": case.keypoints, "visible": case.visible, "keys": ["a", "b"]}
     return state, batch, case.train_numbers
 
 

@@ -6,31 +6,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paper_presets import PRESETS
 from torch import nn
 
-from cigpose.config import CosineConfig, EMAConfig, OptimizerConfig, ScheduleConfig
+from cigpose.config import CosineConfig, EMAConfig, OptimizerConfig, ScheduleConfig, load_preset
 from cigpose.train import optim
 
-COSINES = {
-    "wholebody": [(135, 270, 0.05), (330, 420, 0.001)],
-    "ubody": [(135, 270, 0.05)],
-    "coco": [(210, 420, 0.05)],
-    "crowdpose": [(105, 210, 0.05)],
-}
+FAMILIES = ("wholebody", "ubody", "crowdpose", "coco")
 
 
-def _schedule(name: str, warmup_steps: int = 1000) -> ScheduleConfig:
-    cosines = tuple(CosineConfig(begin_epoch=b, end_epoch=e, final_factor=f) for b, e, f in COSINES[name])
-    return ScheduleConfig(warmup_steps=warmup_steps, cosines=cosines)
+def _rates(golden: Path, preset: str, steps_per_epoch: int) -> tuple[str, np.ndarray]:
+    """The family of a paper model, and the rates of its preset from the base rate of the reference's arrays."""
+    family = next(name for name in FAMILIES if name in preset)
+    train, facts = load_preset(preset).train, json.loads((golden / "schedules_lr.json").read_text())[family]
+    assert train.epochs == facts["epochs"]
+    return family, optim.learning_rates(facts["base_lr"], train.schedule, steps_per_epoch, train.epochs)
 
 
-@pytest.mark.parametrize("name", COSINES)
-@pytest.mark.parametrize("file, steps", [("schedules_lr.npz", 20), ("schedules_lr_5_iters_per_epoch.npz", 5)])
-def test_learning_rates_equal_the_original_ones(golden: Path, name: str, file: str, steps: int) -> None:
-    facts = json.loads((golden / "schedules_lr.json").read_text())[name]
-    rates = optim.learning_rates(facts["base_lr"], _schedule(name), steps, facts["epochs"])
-    # both are recursions over thousands of float64 steps
-    np.testing.assert_allclose(rates, np.load(golden / file)[name], rtol=1e-10)
+# Both sides are recursions over thousands of float64 steps, hence 1e-10.
+
+
+@pytest.mark.parametrize("preset", PRESETS.values())
+def test_learning_rates_of_every_paper_model_equal_the_original_ones(golden: Path, preset: str) -> None:
+    for file, steps, kept in (("schedules_lr.npz", 20, "[::7]"), ("schedules_lr_5_iters_per_epoch.npz", 5, "")):
+        family, rates = _rates(golden, preset, steps)
+        expected = np.load(golden / file)[family + kept]
+        np.testing.assert_allclose(rates[::7] if kept else rates, expected, rtol=1e-10, err_msg=file)
+
+
+def test_learning_rates_equal_every_one_of_the_large_set(golden: Path, large_golden: Path) -> None:
+    with np.load(large_golden / "schedules_lr.npz") as expected:
+        for preset in PRESETS.values():
+            family, rates = _rates(golden, preset, 20)
+            np.testing.assert_allclose(rates, expected[family], rtol=1e-10, err_msg=preset)
 
 
 def test_learning_rate_without_pieces_is_constant() -> None:
