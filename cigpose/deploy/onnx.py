@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cigpose.codec import decode
 from cigpose.config import Config, config_from_mapping
 from cigpose.model.causal import CausalIntervention
-from cigpose.model.estimator import normalize
+from cigpose.model.estimator import Normalize, normalize
 
 CONFIG_KEY = "cigpose_config"
 OUTPUTS_KEY = "cigpose_outputs"
@@ -58,10 +58,10 @@ class _Logits(nn.Module):
 class _Decoded(nn.Module):
     def __init__(self, model: nn.Module, split_ratio: float) -> None:
         super().__init__()
-        self.model, self.split_ratio = model, split_ratio
+        self.normalize, self.model, self.split_ratio = Normalize(), model, split_ratio
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        simcc_x, simcc_y = self.model(normalize(crops))
+        simcc_x, simcc_y = self.model(self.normalize(crops))
         return decode(simcc_x, simcc_y, self.split_ratio)
 
 
