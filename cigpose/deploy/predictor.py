@@ -22,6 +22,7 @@ from cigpose.deploy.onnx import OnnxModel
 from cigpose.draw import draw_poses
 from cigpose.evaluate.oks import person_scores
 from cigpose.evaluate.predict import predict_crops
+from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 
 Image = str | Path | bytes | np.ndarray
@@ -77,8 +78,7 @@ class Predictor:
         device: torch.device | str | None = None,
         flip_test: bool | None = None,
     ) -> None:
-        on_cpu = isinstance(model, OnnxModel) or not torch.cuda.is_available()
-        self.device = torch.device(device if device is not None else "cpu" if on_cpu else "cuda")
+        self.device = choose_device("cpu" if device is None and isinstance(model, OnnxModel) else device)
         self.model = model.to(self.device).eval()
         self.config = config
         self.keypoint_set = config.keypoint_set
