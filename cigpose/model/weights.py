@@ -55,10 +55,11 @@ _INERT_GLOBALS = (
 )
 
 
+ONNX = "an ONNX file"
 _FOREIGN = (  # how files begin that are taken for weights by mistake
     (rb"\s*<(!doctype|html|\?xml|head|body)", "a web page: its address gave a page in place of the file"),
     (rb"version https://git-lfs", "a pointer of Git LFS: the file itself was not fetched"),
-    (rb"\x08[\x01-\x20][\x12\x1a\x3a\x42]", "an ONNX file: `cigpose predict` takes one that ends in .onnx"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x3a\x42]", ONNX),
     (rb"\s*[{[]", "JSON text"),
     (rb"\x1f\x8b|7z|Rar!", "an archive, which has to be unpacked first"),
     (rb"\xff\xd8\xff|\x89PNG", "a picture"),
@@ -88,8 +89,10 @@ def refuse_foreign(path: Path, expected: str) -> None:
         kind = "an empty file"
     elif _PICKLE.match(start) and not start.startswith(_TORCH_LEGACY):
         kind = "a plain pickle, which can run code when it is opened and holds no weights that can be read safely"
-    if kind:
-        raise CheckpointError(f"{path}: not {expected} but {kind}. Give a .safetensors of ours or an official .pth.")
+    if kind and kind != expected:
+        of_weights = "a .safetensors of ours or an official .pth"
+        advice = "an .onnx that `cigpose export` wrote" if expected == ONNX else of_weights
+        raise CheckpointError(f"{path}: not {expected} but {kind}. Give {advice}.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
