@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cigpose.config import Config, load_preset
 
 if TYPE_CHECKING:  # torch: only where it is needed
-    from cigpose.deploy.media import BoxFile
+    from cigpose.deploy.boxes import BoxFile
     from cigpose.deploy.predictor import Predictor
     from cigpose.deploy.results import Results
     from cigpose.deploy.sources import Media
@@ -83,7 +83,7 @@ def _config(options: argparse.Namespace) -> Config | None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from cigpose.deploy.media import BoxFile
+    from cigpose.deploy.boxes import BoxFile
     from cigpose.deploy.predictor import Predictor
     from cigpose.deploy.results import file_digest, opened_folder
     from cigpose.deploy.sources import find_media, shown

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +18,16 @@ from typing import Any
 import cv2
 import numpy as np
 
+from cigpose.deploy.boxes import BoxFile
 from cigpose.deploy.journal import Journal
 from cigpose.deploy.predictor import Poses, Predictor, check_boxes, read_image
 from cigpose.deploy.results import Results, image_ids, write_results
-from cigpose.deploy.sources import Media, Source, shown
+from cigpose.deploy.sources import Source, shown
 from cigpose.files.atomic import write_bytes, written_file
 from cigpose.progress import progress
 
 PICTURES_AT_ONCE = 16
+PIXELS_AT_ONCE = 100_000_000
 UNSURE_FRAMES = 2
 """Frames by which the count in a whole video's header may be wrong."""
 
@@ -42,86 +43,6 @@ class Outcome:
     persons: int = 0
     skipped: list[str] = field(default_factory=list)
     """A sentence for each picture or video that could not be used, or not all of it."""
-
-
-class BoxFile:
-    """Person boxes from a COCO-style list of detections.
-
-    Entries are `{"bbox": [x, y, w, h], "score": s, ...}` with `file_name` (as given to the predictor, or its last
-    part), or `image_id` (the number that is the picture's name; for videos the frame, from 0). Entries with another
-    `category_id` than 1 are left out; `score` is 1 where absent.
-
-    Args:
-        path: the JSON file.
-        min_score: boxes below are left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not such a list.
-    """
-
-    def __init__(self, path: str | Path, *, min_score: float = 0.0) -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no detections there.")
-        try:
-            entries = json.loads(path.read_bytes())
-        except ValueError as err:
-            raise ValueError(f"{path}: not valid JSON ({err}).") from err
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: expected a list of detections, got {type(entries).__name__}.")
-        self._path = path
-        self._boxes: dict[str | int, list[list[float]]] = {}
-        for number, entry in enumerate(entries):
-            key, box = self._entry(entry, f"{path}: detection {number}")
-            if entry.get("category_id", 1) == 1 and box[4] >= min_score:
-                self._boxes.setdefault(key, []).append(box)
-        if not self._boxes:
-            raise ValueError(
-                f"{path}: of {len(entries)} detections none is a person's with a score of {min_score} or more."
-            )
-
-    @staticmethod
-    def _entry(entry: Any, where: str) -> tuple[str | int, list[float]]:
-        if not isinstance(entry, Mapping) or not ("file_name" in entry or "image_id" in entry):
-            raise ValueError(f"{where}: expected a mapping with file_name or image_id, got {entry!r:.80}.")
-        try:
-            x, y, width, height = (float(value) for value in entry["bbox"])
-        except (KeyError, TypeError, ValueError) as err:
-            raise ValueError(f"{where}: expected bbox [x, y, w, h], got {entry.get('bbox')!r:.80}.") from err
-        try:
-            key = str(entry["file_name"]) if "file_name" in entry else int(entry["image_id"])
-            score = float(entry.get("score", 1.0))
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"{where}: expected a whole number as image_id and a number as score ({err}).") from err
-        return key, [x, y, x + width, y + height, score]
-
-    def of(self, *keys: str | int) -> np.ndarray:
-        """(N, 5) boxes filed under the first of the keys that is known; (0, 5) if none is: nobody was found there."""
-        for key in keys:
-            if key in self._boxes:
-                return np.array(self._boxes[key])
-        return np.zeros((0, 5))
-
-    def of_picture(self, name: str) -> np.ndarray:
-        """(N, 5) boxes of a picture, by its name, the last part of it, or the number it is."""
-        path = Path(name)
-        number: tuple[int, ...] = (int(path.stem),) if path.stem.isdigit() else ()
-        return self.of(name, path.name, *number)
-
-    def refuse_unmatched(self, media: Media) -> None:
-        """See that some source is meant at all.
-
-        Raises:
-            ValueError: no picture is named, and no frame of a video can be.
-        """
-        frames = media.videos and any(isinstance(key, int) and key >= 0 for key in self._boxes)
-        if not frames and not any(len(self.of_picture(source.shown)) for source in media.pictures):
-            named = ", ".join(map(repr, itertools.islice(self._boxes, 3)))
-            raise ValueError(
-                f"{self._path}: names none of the {len(media.pictures)} pictures; its boxes are of {named}, ... "
-                "Expected file_name as in the folder, or image_id, the number that is the picture's name."
-            )
 
 
 def predict_pictures(
@@ -147,15 +68,10 @@ def predict_pictures(
     """
     journal, outcome = Journal(results.path / "poses.jsonl", "file_name"), Outcome()
     painter = _Painter(predictor, results, min_score) if draw else None
-    with progress(total=len(pictures), desc="pictures", unit="picture") as bar:
-        for group in _groups(pictures, PICTURES_AT_ONCE):
-            fresh: list[_Opened] = []
-            undrawn: list[_Opened] = []
-            for source in group:
-                try:
-                    _open(source, journal, painter, boxes, outcome, fresh, undrawn)
-                except (ValueError, OSError) as err:
-                    outcome.skipped.append(str(err))
+    with progress(pictures, total=len(pictures), desc="pictures", unit="picture") as bar:
+        opened = (_open(source, journal, painter, boxes, outcome) for source in bar)
+        for group in _batches(item for item in opened if item):
+            fresh = [item for item in group if not item.is_done]
             found = predictor.predict_many([item.image for item in fresh], [item.boxes for item in fresh])
             journal.append(
                 {"file_name": item.source.shown, **_record(poses), "source": item.stamp}
@@ -163,8 +79,7 @@ def predict_pictures(
             )
             outcome.done += [item.source for item in fresh]
             if painter is not None:
-                outcome.skipped += painter.write_all([*fresh, *undrawn], journal)
-            bar.update(len(group))
+                outcome.skipped += painter.write_all(group, journal)
     finished = sorted(outcome.done, key=lambda source: source.name)
     ids = image_ids([source.name for source in finished])
     images = []
@@ -239,18 +154,38 @@ class _Opened:
     image: np.ndarray
     stamp: dict[str, int]
     boxes: np.ndarray | None
+    is_done: bool
+    """Its drawing alone is missing."""
+
+
+def _batches(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+    """Pictures that are in memory together."""
+    batch: list[_Opened] = []
+    pixels = 0
+    for item in opened:
+        batch.append(item)
+        pixels += item.image.shape[0] * item.image.shape[1]
+        if len(batch) == PICTURES_AT_ONCE or pixels >= PIXELS_AT_ONCE:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
 
 
 def _open(
-    source: Source,
-    journal: Journal,
-    painter: _Painter | None,
-    boxes: BoxFile | None,
-    outcome: Outcome,
-    fresh: list[_Opened],
-    undrawn: list[_Opened],
-) -> None:
-    """Read a picture if anything of it is missing: its poses, or its drawing alone."""
+    source: Source, journal: Journal, painter: _Painter | None, boxes: BoxFile | None, outcome: Outcome
+) -> _Opened | None:
+    """A picture whose poses or drawing are missing; None, with a sentence, if it is broken."""
+    try:
+        return _read(source, journal, painter, boxes, outcome)
+    except (ValueError, OSError) as err:
+        outcome.skipped.append(str(err))
+        return None
+
+
+def _read(
+    source: Source, journal: Journal, painter: _Painter | None, boxes: BoxFile | None, outcome: Outcome
+) -> _Opened | None:
     stamp, is_known = source.stamp(), source.shown in journal
     is_done = is_known and journal[source.shown]["source"] == stamp
     target = painter.results.place(source.drawing) if painter else None
@@ -260,14 +195,14 @@ def _open(
         outcome.before += 1
         outcome.done.append(source)
         if target is None or target.exists():
-            return
+            return None
     image = read_image(source.path)
     wanted = boxes.of_picture(source.shown) if boxes else None
     try:
         check_boxes(wanted, (image.shape[1], image.shape[0]))
     except ValueError as err:
         raise ValueError(f"{shown(source.path)}: {err}") from err
-    (undrawn if is_done else fresh).append(_Opened(source, image, stamp, wanted))
+    return _Opened(source, image, stamp, wanted, is_done)
 
 
 def _predict_frames(

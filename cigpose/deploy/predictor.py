@@ -6,6 +6,7 @@ box of one person.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import nn
 
 from cigpose.config import Config
+from cigpose.data.archives import DataError
+from cigpose.data.jpeg import jpeg_size
 from cigpose.data.transforms import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio
 from cigpose.deploy.onnx import OnnxModel
 from cigpose.draw import draw_poses
@@ -28,6 +31,11 @@ from cigpose.model.weights import load_checkpoint
 
 Image = str | Path | bytes | np.ndarray
 """A file, the bytes of one, or uint8 (H, W, 3) BGR."""
+
+
+MAX_MEGAPIXELS = 200
+"""Larger JPEGs and PNGs are refused before they are decoded (no camera gives them; 1 MB of PNG may unpack to 6 GB).
+OpenCV itself refuses any format from 1,074 megapixels on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,7 +214,7 @@ def read_image(image: Image) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture OpenCV can decode, or an array of another kind.
+        ValueError: it is no picture OpenCV can decode, too large (`MAX_MEGAPIXELS`), or an array of another kind.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -219,6 +227,9 @@ def read_image(image: Image) -> np.ndarray:
         if not Path(image).is_file():
             raise FileNotFoundError(f"{name}: no such picture.")
         content = Path(image).read_bytes()
+    width, height = _declared_size(content)
+    if width * height > MAX_MEGAPIXELS * 1e6:
+        raise ValueError(f"{name}: {width} x {height} pixels, allowed are {MAX_MEGAPIXELS} million. Make it smaller.")
     try:
         pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR) if content else None
     except cv2.error as err:  # more pixels than OpenCV takes
@@ -226,6 +237,15 @@ def read_image(image: Image) -> np.ndarray:
     if pixels is None:
         raise ValueError(f"{name}: OpenCV cannot decode these {len(content)} bytes. Give a JPEG, PNG, WebP or BMP.")
     return pixels
+
+
+def _declared_size(content: bytes) -> tuple[int, int]:
+    """(width, height) that a JPEG or PNG says it has; (0, 0) if it says nothing, or is of another format."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) >= 24:
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    with contextlib.suppress(DataError):
+        return jpeg_size(content)
+    return 0, 0
 
 
 def check_boxes(

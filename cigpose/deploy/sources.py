@@ -101,7 +101,7 @@ def _free(taken: set[str], stem: str, *endings: str) -> str:
 
 def _add_folder(media: Media, folder: Path, label: Path) -> None:
     count, names = 0, set[str]()
-    for path in _pictures_below(folder):
+    for path in _pictures_below(folder, media.refused):
         count += 1
         name = label / path.relative_to(folder)
         source = Source(path=path, name=name, drawing=name)
@@ -117,8 +117,8 @@ def _add_folder(media: Media, folder: Path, label: Path) -> None:
         raise FileNotFoundError(f"{shown(folder)}: no pictures in it; known endings: {known}.")
 
 
-def _pictures_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+def _pictures_below(folder: Path, refused: list[str]) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, onerror=lambda err: refused.append(str(err))):
         folders[:] = sorted(name for name in folders if not os.path.lexists(os.path.join(parent, name, MANIFEST)))
         yield from _pictures_of(Path(parent), files)
 

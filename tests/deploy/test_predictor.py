@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import cv2
@@ -168,6 +169,25 @@ def test_written_poses_can_be_read_again(model: PoseEstimator, config: Config, p
 def test_what_is_no_picture_is_refused(image: bytes | np.ndarray) -> None:
     with pytest.raises(ValueError, match="picture: "):
         read_image(image)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_picture_that_would_fill_the_memory_is_refused_before_it_is_decoded(
+    kind: str, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(cv2.imencode(f".{kind}", picture)[1].tobytes())
+    at = 16 if kind == "png" else content.index(b"\xff\xc0") + 5
+    size = struct.pack(">II", 40_000, 40_000) if kind == "png" else struct.pack(">HH", 40_000, 40_000)
+    content[at : at + len(size)] = size
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="picture: 40000 x 40000 pixels, allowed are 200 million"):
+        read_image(bytes(content))
+
+
+def test_what_opencv_itself_refuses_is_a_sentence() -> None:
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"picture: OpenCV (refuses to|cannot) decode"):
+        read_image(header + bytes(100))
 
 
 def test_a_missing_picture_is_named(tmp_path: Path) -> None:
