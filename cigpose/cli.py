@@ -17,16 +17,15 @@ COMMANDS: tuple[str, ...] = ("cigpose.data.inspect", "cigpose.evaluate.command",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; a user's mistake is one sentence and exit status 2."""
+    """Run one subcommand; a user's mistake is one sentence and exit status 2, a part that failed 1."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError) as err:
         print(without_credentials(f"cigpose: {err}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,9 @@ any number. A thread keeps `prefetch_batches` finished batches ready, in pinned 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -111,7 +113,10 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
         )
     counts = sets[dataset].counts(detections=boxes == "detections")
     plan = eval_plan(counts, rank=rank, world=world, batch=config.evaluate.batch)
-    return Loader(sets, plan, CropMaker(config, epoch=None, boxes=boxes), config.train.loader)
+    # The model's own number was chosen for the machine that trained it.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = dataclasses.replace(config.train.loader, processes=min(config.train.loader.processes, cores))
+    return Loader(sets, plan, CropMaker(config, epoch=None, boxes=boxes), options)
 
 
 def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, ShardSet]:

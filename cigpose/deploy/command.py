@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cigpose.config import Config, load_preset
+
+if TYPE_CHECKING:  # torch: only where it is needed
+    from cigpose.deploy.boxes import BoxFile
+    from cigpose.deploy.predictor import Predictor
+    from cigpose.deploy.results import Results
+    from cigpose.deploy.sources import Media
 
 MODEL = Path("data/model/model.safetensors")
 
@@ -18,10 +25,21 @@ def add_parser(subparsers: Any) -> None:
         help="poses in pictures, folders and videos",
         description="Poses of the people in pictures, folders of pictures and videos: drawn, and as JSON. Person boxes "
         "come from a JSON list of detections; without one each whole picture is taken for one person's box.",
+        epilog="Nothing is ever written over but our own results: --out must be new, empty, or of an earlier run with "
+        "the same model, sources and options, which then goes on where it stopped. It gets poses.jsonl (a record per "
+        "picture, as they are done), poses.json (a COCO result file, at the end), the same for each video under its "
+        "name, and drawn/, the drawn pictures under their own names. Where two sources share a name the later one gets "
+        "a number: imgs, imgs-2. Exit status: 0; 1 if a picture or part of a video could not be used; 2 if nothing "
+        "could be done.",
     )
     predict.add_argument("sources", nargs="+", type=Path, help="pictures, folders of pictures, videos")
     _add_model(predict)
-    predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write (default: %(default)s)")
+    predict.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write (default: predictions, or the first of predictions-2, predictions-3, ... that is free or "
+        "of the same run)",
+    )
     predict.add_argument(
         "--boxes", type=Path, help="detections: [{file_name or image_id, bbox [x, y, w, h], score}, ...]"
     )
@@ -64,21 +82,63 @@ def _config(options: argparse.Namespace) -> Config | None:
     return load_preset(options.preset) if options.preset else None
 
 
-def _predict(options: argparse.Namespace) -> None:
-    from cigpose.deploy.media import VIDEOS, BoxFile, predict_pictures, predict_video
+def _predict(options: argparse.Namespace) -> int:
+    from cigpose.deploy.boxes import BoxFile
     from cigpose.deploy.predictor import Predictor
+    from cigpose.deploy.results import file_digest, opened_folder
+    from cigpose.deploy.sources import find_media, shown
 
+    media = find_media(options.sources)
     boxes = BoxFile(options.boxes, min_score=options.min_box_score) if options.boxes else None
-    missing = [str(source) for source in options.sources if not source.exists()]
-    if missing:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such picture, folder or video.")
+    if boxes:
+        boxes.refuse_unmatched(media)
     predictor = Predictor.load(options.model, _config(options), device=options.device, flip_test=options.flip_test)
-    for source in options.sources:
-        # Several folders may hold equal names, so each source gets a folder of its own.
-        out = options.out if len(options.sources) == 1 else options.out / source.stem
-        run = predict_video if source.suffix.lower() in VIDEOS else predict_pictures
-        written = run(predictor, source, out, boxes=boxes, draw=not options.no_drawings, min_score=options.min_score)
-        print(f"{source}: {written}")
+    asked = {
+        "model": file_digest(options.model),
+        "preset": options.preset,
+        "flip_test": options.flip_test,
+        "boxes": file_digest(options.boxes) if options.boxes else None,
+        "min_box_score": options.min_box_score,
+        "min_score": options.min_score,
+        "drawings": not options.no_drawings,
+        "sources": [shown(source.resolve()) for source in options.sources],
+    }
+    try:
+        with opened_folder(options.out, asked) as results:
+            return _predict_all(options, predictor, media, boxes, results)
+    except KeyboardInterrupt:
+        print("cigpose: stopped. What is done is kept; the same command goes on from there.", file=sys.stderr)
+        raise
+
+
+def _predict_all(
+    options: argparse.Namespace, predictor: Predictor, media: Media, boxes: BoxFile | None, results: Results
+) -> int:
+    """Pictures first, then each video, and a summary; one that cannot be used does not stop the others."""
+    from cigpose.deploy.media import Outcome, predict_pictures, predict_video
+    from cigpose.deploy.sources import shown
+
+    how: dict[str, Any] = {"boxes": boxes, "draw": not options.no_drawings, "min_score": options.min_score}
+    outcomes = [Outcome(skipped=list(media.refused))]
+    if media.pictures:
+        outcomes.append(predict_pictures(predictor, media.pictures, results, **how))
+    for video in media.videos:
+        try:
+            outcomes.append(predict_video(predictor, video, results, **how))
+        except ValueError as err:
+            outcomes.append(Outcome(skipped=[str(err)]))
+    skipped = [sentence for outcome in outcomes for sentence in outcome.skipped]
+    keypoints = predictor.keypoint_set
+    results.note(skipped=skipped, keypoint_set=keypoints.name, keypoints=list(keypoints.names))
+    for sentence in skipped:
+        print(f"cigpose: {sentence}", file=sys.stderr)
+    frames = sum(outcome.frames for outcome in outcomes)
+    pictures = sum(len(outcome.done) for outcome in outcomes if not outcome.frames)
+    print(
+        f"{shown(results.path)}: {sum(outcome.persons for outcome in outcomes)} persons in {pictures} pictures and "
+        f"{frames} frames, {sum(outcome.before for outcome in outcomes)} of them done before; {len(skipped)} problems"
+    )
+    return 1 if skipped else 0
 
 
 def _export(options: argparse.Namespace) -> None:

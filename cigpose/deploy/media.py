@@ -1,201 +1,296 @@
-"""Folders of pictures and videos: poses of everybody, drawn and as JSON.
+"""Pictures and videos: poses of everybody, drawn and as JSON, in a folder as `cigpose.deploy.results` describes it.
 
-The JSON file is an array with one record per picture or frame, one record per line, written as it comes:
-    {"file_name" | "frame", "time_s", "width", "height", "persons": [{"bbox_xyxy", "score", "keypoints"}, ...]}
-It and the drawn video have a temporary name until they are complete.
+A record of poses.jsonl, or of a video's own file, is one picture or frame:
+    {"file_name" | "frame", "time_s", "width", "height", "persons": [{"bbox_xyxy", "score", "keypoints"}, ...], ...}
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from cigpose.deploy.predictor import Poses, Predictor, read_image
+from cigpose.deploy.boxes import BoxFile
+from cigpose.deploy.journal import Journal
+from cigpose.deploy.predictor import Poses, Predictor, check_boxes, read_image
+from cigpose.deploy.results import Results, image_ids, write_results
+from cigpose.deploy.sources import Source, shown
+from cigpose.files.atomic import write_bytes, written_file
 from cigpose.progress import progress
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
 PICTURES_AT_ONCE = 16
+PIXELS_AT_ONCE = 100_000_000
+UNSURE_FRAMES = 2
+"""Frames by which the count in a whole video's header may be wrong."""
 
-Boxes = np.ndarray | None
-"""(N, 5) x0, y0, x1, y1, score; None: the whole picture."""
 
+@dataclass
+class Outcome:
+    """What came of the pictures, or of a video."""
 
-class BoxFile:
-    """Person boxes from a COCO-style list of detections.
-
-    Entries are `{"bbox": [x, y, w, h], "score": s, ...}` with `file_name` (as given to the predictor, or its last
-    part), or `image_id` (the number that is the picture's name; for videos the frame, from 0). Entries with another
-    `category_id` than 1 are left out; `score` is 1 where absent.
-
-    Args:
-        path: the JSON file.
-        min_score: boxes below are left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not such a list.
-    """
-
-    def __init__(self, path: str | Path, *, min_score: float = 0.0) -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no detections there.")
-        try:
-            entries = json.loads(path.read_bytes())
-        except ValueError as err:
-            raise ValueError(f"{path}: not valid JSON ({err}).") from err
-        if not isinstance(entries, list):
-            raise ValueError(f"{path}: expected a list of detections, got {type(entries).__name__}.")
-        self._boxes: dict[str | int, list[list[float]]] = {}
-        for number, entry in enumerate(entries):
-            key, box = self._entry(entry, f"{path}: detection {number}")
-            if entry.get("category_id", 1) == 1 and box[4] >= min_score:
-                self._boxes.setdefault(key, []).append(box)
-
-    @staticmethod
-    def _entry(entry: Any, where: str) -> tuple[str | int, list[float]]:
-        if not isinstance(entry, Mapping) or not ("file_name" in entry or "image_id" in entry):
-            raise ValueError(f"{where}: expected a mapping with file_name or image_id, got {entry!r:.80}.")
-        try:
-            x, y, width, height = (float(value) for value in entry["bbox"])
-        except (KeyError, TypeError, ValueError) as err:
-            raise ValueError(f"{where}: expected bbox [x, y, w, h], got {entry.get('bbox')!r:.80}.") from err
-        key = str(entry["file_name"]) if "file_name" in entry else int(entry["image_id"])
-        return key, [x, y, x + width, y + height, float(entry.get("score", 1.0))]
-
-    def of(self, *keys: str | int) -> np.ndarray:
-        """(N, 5) boxes filed under the first of the keys that is known; (0, 5) if none is: nobody was found there."""
-        for key in keys:
-            if key in self._boxes:
-                return np.array(self._boxes[key])
-        return np.zeros((0, 5))
-
-    def of_picture(self, name: str) -> np.ndarray:
-        """(N, 5) boxes of a picture, by its name, the last part of it, or the number it is."""
-        path = Path(name)
-        number: tuple[int, ...] = (int(path.stem),) if path.stem.isdigit() else ()
-        return self.of(name, path.name, *number)
+    done: list[Source] = field(default_factory=list)
+    before: int = 0
+    """Pictures or frames of them that an earlier run had finished."""
+    frames: int = 0
+    persons: int = 0
+    skipped: list[str] = field(default_factory=list)
+    """A sentence for each picture or video that could not be used, or not all of it."""
 
 
 def predict_pictures(
     predictor: Predictor,
-    source: str | Path,
-    out: str | Path,
+    pictures: Sequence[Source],
+    results: Results,
     *,
     boxes: BoxFile | None = None,
     draw: bool = True,
     min_score: float = 0.3,
-) -> Path:
-    """Poses of a picture, or of all pictures in a folder and below.
+) -> Outcome:
+    """Poses of pictures: `poses.jsonl` as they are done, `poses.json` at the end.
+
+    Pictures that an earlier run finished, and that did not change since, are not predicted again.
 
     Args:
         predictor: the model.
-        source: the picture or folder.
-        out: folder for `poses.json` and, under their own names, the drawn pictures (as .jpg).
+        pictures: what `find_media` found.
+        results: the folder.
         boxes: of persons; None: each picture is one person's box.
         draw: write the drawn pictures.
         min_score: keypoints below are not drawn; all are in the JSON.
-
-    Returns: `poses.json`.
-
-    Raises:
-        FileNotFoundError: there is no picture.
-        ValueError: one cannot be decoded.
     """
-    source, out = Path(source), Path(out)
-    base, files = _pictures(source)
-    with _json_array(out / "poses.json") as write, progress(total=len(files), desc=source.name, unit="picture") as bar:
-        for group in _groups(files, PICTURES_AT_ONCE):
-            images = [read_image(file) for file in group]
-            names = [file.relative_to(base).as_posix() for file in group]
-            wanted = [boxes.of_picture(name) if boxes else None for name in names]
-            for name, image, poses in zip(names, images, predictor.predict_many(images, wanted), strict=True):
-                write({"file_name": name, **_record(poses)})
-                if draw:
-                    path = out / Path(name).with_suffix(".jpg")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    _write_picture(path, _drawn(predictor, image, poses, min_score))
-                bar.update()
-    return out / "poses.json"
+    journal, outcome = Journal(results.path / "poses.jsonl", "file_name"), Outcome()
+    painter = _Painter(predictor, results, min_score) if draw else None
+    with progress(pictures, total=len(pictures), desc="pictures", unit="picture") as bar:
+        opened = (_open(source, journal, painter, boxes, outcome) for source in bar)
+        for group in _batches(item for item in opened if item):
+            fresh = [item for item in group if not item.is_done]
+            found = predictor.predict_many([item.image for item in fresh], [item.boxes for item in fresh])
+            journal.append(
+                {"file_name": item.source.shown, **_record(poses), "source": item.stamp}
+                for item, poses in zip(fresh, found, strict=True)
+            )
+            outcome.done += [item.source for item in fresh]
+            if painter is not None:
+                outcome.skipped += painter.write_all(group, journal)
+    finished = sorted(outcome.done, key=lambda source: source.name)
+    ids = image_ids([source.name for source in finished])
+    images = []
+
+    def records() -> Iterator[tuple[int, dict[str, Any]]]:
+        for image_id, source in zip(ids, finished, strict=True):
+            record = journal[source.shown]
+            outcome.persons += len(record["persons"])
+            images.append({"id": image_id, **{key: record[key] for key in ("file_name", "width", "height")}})
+            yield image_id, record
+
+    write_results(results.path / "poses.json", records(), predictor.keypoint_set)
+    results.note(images=images)
+    return outcome
 
 
 def predict_video(
     predictor: Predictor,
-    source: str | Path,
-    out: str | Path,
+    source: Source,
+    results: Results,
     *,
     boxes: BoxFile | None = None,
     draw: bool = True,
     min_score: float = 0.3,
-) -> Path:
-    """Poses of every frame of a video.
+) -> Outcome:
+    """Poses of every frame of a video: `<name>.jsonl` as they are done, `<name>.json` at the end.
+
+    Frames that an earlier run finished are not predicted again, but drawn again if the drawn video was not finished.
 
     Args:
         predictor: the model.
         source: the video.
-        out: folder for `<name>.json` and, if drawn, `<name>.mp4` with the same frame rate and no sound.
+        results: the folder; the drawn video in it has the same frame rate and no sound.
         boxes: of persons, `image_id` is the frame; None: each frame is one person's box.
         draw: write the drawn video.
         min_score: keypoints below are not drawn; all are in the JSON.
 
-    Returns: `<name>.json`.
-
     Raises:
-        FileNotFoundError: there is no such video.
-        ValueError: it cannot be decoded, or drawing cannot be encoded.
+        ValueError: it cannot be decoded, its boxes cannot be used, or the drawing cannot be encoded.
     """
-    source, out = Path(source), Path(out)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source}: no such video.")
-    reader = cv2.VideoCapture(str(source))
+    stamp, known = source.stamp(), results.found.get("videos", {}).get(source.shown, {})
+    target = results.place(source.drawing) if draw else None
+    if target and not known:
+        _refuse_existing(target)
+    lines, path = (results.path / f"{source.name}{ending}" for ending in (".jsonl", ".json"))
+    if known.get("source") != stamp:
+        lines.unlink(missing_ok=True)
+        results.note_video(source.shown, known := {"source": stamp})
+    journal, outcome = Journal(lines, "frame"), Outcome(done=[source])
+    outcome.before = len(journal)
+    if not ("frames" in known and path.exists() and (target is None or target.exists())):
+        painter = _Painter(predictor, results, min_score)
+        known = known | _predict_frames(predictor, source, journal, boxes, target, painter)
+        frames = ((number, journal[number]) for number in range(known["frames"]))
+        write_results(path, frames, predictor.keypoint_set)
+        results.note_video(source.shown, known)
+    outcome.frames = known["frames"]
+    outcome.persons = sum(len(journal[number]["persons"]) for number in range(outcome.frames))
+    if known["declared_frames"] - outcome.frames > UNSURE_FRAMES:
+        outcome.skipped.append(
+            f"{shown(source.path)}: {outcome.frames} of {known['declared_frames']} frames could be decoded; the file "
+            "is cut or damaged, or its header is wrong. Poses are those of the decoded frames."
+        )
+    if boxes and not any(len(boxes.of(number)) for number in range(outcome.frames)):
+        outcome.skipped.append(f"{shown(source.path)}: the boxes name none of its {outcome.frames} frames (from 0).")
+    return outcome
+
+
+@dataclass
+class _Opened:
+    source: Source
+    image: np.ndarray
+    stamp: dict[str, int]
+    boxes: np.ndarray | None
+    is_done: bool
+    """Its drawing alone is missing."""
+
+
+def _batches(opened: Iterable[_Opened]) -> Iterator[list[_Opened]]:
+    """Pictures that are in memory together."""
+    batch: list[_Opened] = []
+    pixels = 0
+    for item in opened:
+        batch.append(item)
+        pixels += item.image.shape[0] * item.image.shape[1]
+        if len(batch) == PICTURES_AT_ONCE or pixels >= PIXELS_AT_ONCE:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
+def _open(
+    source: Source, journal: Journal, painter: _Painter | None, boxes: BoxFile | None, outcome: Outcome
+) -> _Opened | None:
+    """A picture whose poses or drawing are missing; None, with a sentence, if it is broken."""
     try:
+        return _read(source, journal, painter, boxes, outcome)
+    except (ValueError, OSError) as err:
+        outcome.skipped.append(str(err))
+        return None
+
+
+def _read(
+    source: Source, journal: Journal, painter: _Painter | None, boxes: BoxFile | None, outcome: Outcome
+) -> _Opened | None:
+    stamp, is_known = source.stamp(), source.shown in journal
+    is_done = is_known and journal[source.shown]["source"] == stamp
+    target = painter.results.place(source.drawing) if painter else None
+    if target and not is_known:
+        _refuse_existing(target)
+    if is_done:
+        outcome.before += 1
+        outcome.done.append(source)
+        if target is None or target.exists():
+            return None
+    image = read_image(source.path)
+    wanted = boxes.of_picture(source.shown) if boxes else None
+    try:
+        check_boxes(wanted, (image.shape[1], image.shape[0]))
+    except ValueError as err:
+        raise ValueError(f"{shown(source.path)}: {err}") from err
+    return _Opened(source, image, stamp, wanted, is_done)
+
+
+def _predict_frames(
+    predictor: Predictor,
+    source: Source,
+    journal: Journal,
+    boxes: BoxFile | None,
+    target: Path | None,
+    painter: _Painter,
+) -> dict[str, int]:
+    """Poses of the frames that the journal lacks, a drawing of all. How many there are, and how many were declared."""
+    with _reader(source.path) as reader:
         frames = _frames(reader)
         first = next(frames, None)
         if first is None:
-            raise ValueError(f"{source}: OpenCV cannot decode a single frame of it. Convert it to H.264 .mp4.")
+            raise ValueError(f"{shown(source.path)}: OpenCV cannot decode a single frame. Convert it to H.264 .mp4.")
         rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
-        total = int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
-        out.mkdir(parents=True, exist_ok=True)
-        size = first.shape[1], first.shape[0]
-        target = out / f"{source.stem}.mp4" if draw else None
-        path = out / f"{source.stem}.json"
+        total = max(int(reader.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        count = 0
         with (
-            _json_array(path) as write,
-            _video_writer(target, rate, size) as show,
-            progress(total=total if total > 0 else None, desc=source.name, unit="frame") as bar,
+            _video_writer(target, rate, (first.shape[1], first.shape[0])) as show,
+            progress(total=total or None, desc=shown(source.path.name), unit="frame") as bar,
         ):
-            numbered = enumerate(itertools.chain([first], frames))
-            for group in _groups(numbered, PICTURES_AT_ONCE):
-                wanted = [boxes.of(number) if boxes else None for number, _ in group]
-                found = predictor.predict_many([frame for _, frame in group], wanted)
-                for (number, frame), poses in zip(group, found, strict=True):
-                    write({"frame": number, "time_s": round(number / rate, 4), **_record(poses)})
-                    if draw:
-                        show(_drawn(predictor, frame, poses, min_score))
-                    bar.update()
-    finally:
-        reader.release()
-    return path
+            for group in _groups(enumerate(itertools.chain([first], frames)), PICTURES_AT_ONCE):
+                fresh = [(number, frame) for number, frame in group if number not in journal]
+                wanted = [boxes.of(number) if boxes else None for number, _ in fresh]
+                try:
+                    found = predictor.predict_many([frame for _, frame in fresh], wanted)
+                except ValueError as err:
+                    raise ValueError(f"{shown(source.path)}: frames from {group[0][0]}: {err}") from err
+                journal.append(
+                    {"frame": number, "time_s": round(number / rate, 4), **_record(poses)}
+                    for (number, _), poses in zip(fresh, found, strict=True)
+                )
+                for number, frame in group if target else ():
+                    show(painter.drawn(frame, journal[number]))
+                count += len(group)
+                bar.update(len(group))
+    return {"frames": count, "declared_frames": total}
 
 
-def _pictures(source: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the pictures, sorted."""
-    if source.is_file():
-        return source.parent, [source]
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such picture or folder.")
-    files = sorted(file for file in source.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
-    if not files:
-        raise FileNotFoundError(f"{source}: no pictures in it; known endings: {' '.join(sorted(PICTURES))}.")
-    return source, files
+@dataclass
+class _Painter:
+    """Draws records, not what they were made of, so that a run that was stopped draws the same."""
+
+    predictor: Predictor
+    results: Results
+    min_score: float
+
+    def drawn(self, image: np.ndarray, record: Mapping[str, Any]) -> np.ndarray:
+        size = image.shape[1], image.shape[0]
+        poses = Poses.from_records(record["persons"], size, len(self.predictor.keypoint_set))
+        return self.predictor.draw(image, poses, min_score=self.min_score, sure_score=1.5 * self.min_score)
+
+    def write_all(self, opened: Iterable[_Opened], journal: Journal) -> list[str]:
+        """Sentences about those that could not be drawn."""
+        failed = []
+        for item in opened:
+            try:
+                self.write(item.source, item.image, journal[item.source.shown])
+            except ValueError as err:
+                failed.append(str(err))
+        return failed
+
+    def write(self, source: Source, image: np.ndarray, record: Mapping[str, Any]) -> None:
+        target = self.results.place(source.drawing)
+        try:
+            good, content = cv2.imencode(target.suffix.lower(), self.drawn(image, record))
+        except cv2.error:
+            good = False
+        if not good:
+            raise ValueError(f"{shown(target)}: OpenCV cannot encode it. Use --no-drawings for the JSON alone.")
+        write_bytes(target, content.tobytes())
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise ValueError(f"{shown(target)}: exists, and `cigpose predict` did not write it. Move it elsewhere.")
+
+
+def _record(poses: Poses) -> dict[str, Any]:
+    return {"width": poses.image_size[0], "height": poses.image_size[1], "persons": poses.to_records()}
+
+
+def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
 
 
 def _frames(reader: Any) -> Iterator[np.ndarray]:
@@ -206,44 +301,14 @@ def _frames(reader: Any) -> Iterator[np.ndarray]:
         yield frame
 
 
-def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
-def _record(poses: Poses) -> dict[str, Any]:
-    return {"width": poses.image_size[0], "height": poses.image_size[1], "persons": poses.to_records()}
-
-
-def _drawn(predictor: Predictor, image: np.ndarray, poses: Poses, min_score: float) -> np.ndarray:
-    return predictor.draw(image, poses, min_score=min_score, sure_score=1.5 * min_score)
-
-
-def _write_picture(path: Path, image: np.ndarray) -> None:
-    if not cv2.imwrite(str(path), image):
-        raise OSError(f"{path}: cannot be written. Is the folder writable, the disk full?")
-
-
 @contextlib.contextmanager
-def _json_array(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    count = 0
-    try:
-        with temporary.open("w", encoding="ascii") as file:
-
-            def write(record: Mapping[str, Any]) -> None:
-                nonlocal count
-                file.write("[\n" if count == 0 else ",\n")
-                file.write(json.dumps(record, separators=(",", ":")))
-                count += 1
-
-            yield write
-            file.write("\n]\n" if count else "[]\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _reader(path: Path) -> Iterator[Any]:
+    with _plain_name(path, path.suffix) as name:
+        reader = cv2.VideoCapture(name)
+        try:
+            yield reader
+        finally:
+            reader.release()
 
 
 @contextlib.contextmanager
@@ -251,14 +316,20 @@ def _video_writer(path: Path | None, rate: float, size: tuple[int, int]) -> Iter
     if path is None:
         yield lambda frame: None
         return
-    temporary = path.with_name(f".{path.stem}.part.mp4")
-    writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
-    try:
-        if not writer.isOpened():
-            raise ValueError(f"{path}: OpenCV cannot encode a video here. Use --no-drawings for the JSON alone.")
-        yield lambda frame: writer.write(frame)
-        writer.release()
-        temporary.replace(path)
-    finally:
-        writer.release()
-        temporary.unlink(missing_ok=True)
+    with written_file(path) as part, _plain_name(part, ".mp4") as name:
+        writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+        try:
+            if not writer.isOpened():
+                raise ValueError(f"{shown(path)}: OpenCV cannot encode a video here. Use --no-drawings for JSON alone.")
+            yield lambda frame: writer.write(frame)
+        finally:
+            writer.release()
+
+
+@contextlib.contextmanager
+def _plain_name(path: Path, ending: str) -> Iterator[str]:
+    """A link: OpenCV crashes on names that are not UTF-8, and goes by the ending."""
+    with tempfile.TemporaryDirectory(prefix="cigpose-") as folder:
+        link = Path(folder) / f"video{ending}"
+        link.symlink_to(path.resolve())
+        yield str(link)

@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 
 from cigpose.codec import decode
 from cigpose.config import Config, config_from_mapping
+from cigpose.files.atomic import written_file
 from cigpose.model.causal import CausalIntervention
-from cigpose.model.estimator import normalize
+from cigpose.model.estimator import Normalize, normalize
+from cigpose.model.weights import ONNX, refuse_foreign
 
 CONFIG_KEY = "cigpose_config"
 OUTPUTS_KEY = "cigpose_outputs"
@@ -58,10 +59,10 @@ class _Logits(nn.Module):
 class _Decoded(nn.Module):
     def __init__(self, model: nn.Module, split_ratio: float) -> None:
         super().__init__()
-        self.model, self.split_ratio = model, split_ratio
+        self.normalize, self.model, self.split_ratio = Normalize(), model, split_ratio
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        simcc_x, simcc_y = self.model(normalize(crops))
+        simcc_x, simcc_y = self.model(self.normalize(crops))
         return decode(simcc_x, simcc_y, self.split_ratio)
 
 
@@ -78,7 +79,7 @@ def export_onnx(
     Args:
         model: the network; a copy in eval mode on the CPU is exported, in float32.
         config: of the model; kept in the file.
-        path: the file to write, replaced atomically.
+        path: the file to write, at once or not at all; only an earlier export is replaced.
         decoded: False: input `images` float32 (B, 3, H, W) normalised RGB, outputs `simcc_x` (B, K, bins of x) and
             `simcc_y` (B, K, bins of y), as `forward` of the model. True: input `crops` uint8 (B, H, W, 3) RGB, outputs
             `keypoints` (B, K, 2) in crop pixels and `scores` (B, K), for programs without torch.
@@ -88,17 +89,16 @@ def export_onnx(
 
     Raises:
         MissingPackageError: the ONNX packages are not installed.
-        ValueError: onnxruntime and torch differ by more than `tolerance`.
+        ValueError: onnxruntime and torch differ by more than `tolerance`, or `path` is a file of another kind.
     """
     _require("onnx", "onnxscript", "onnxruntime")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_others(path)
     network = copy.deepcopy(model).float().cpu().eval()
     module = (_Decoded(network, config.model.simcc.split_ratio) if decoded else _Logits(network)).eval()
     outputs = DECODED if decoded else LOGITS
     name = "crops" if decoded else "images"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_file(path) as part:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
@@ -118,12 +118,17 @@ def export_onnx(
                 NAMES_KEY: " ".join(config.keypoint_set.names),
             }
         )
-        program.save(str(temporary), external_data=False)
-        _compare(module, temporary, path, config, tolerance, decoded=decoded)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        program.save(str(part), external_data=False)
+        _compare(module, part, path, config, tolerance, decoded=decoded)
     return path
+
+
+def _refuse_others(path: Path) -> None:
+    """See that nothing but an export of ours is replaced."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder. Give the name of a file, such as {path / 'model.onnx'}.")
+    if path.exists() and CONFIG_KEY.encode() not in path.read_bytes():
+        raise ValueError(f"{path}: exists, and `cigpose export` did not write it. Give another --out.")
 
 
 class OnnxModel(nn.Module):
@@ -144,6 +149,7 @@ class OnnxModel(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no ONNX file there. `cigpose export` writes one.")
+        refuse_foreign(path, ONNX)
         self.session = _session(path, threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
         if CONFIG_KEY not in metadata:

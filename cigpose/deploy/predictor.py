@@ -6,7 +6,9 @@ box of one person.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,23 @@ import torch
 from torch import nn
 
 from cigpose.config import Config
+from cigpose.data.archives import DataError
+from cigpose.data.jpeg import jpeg_size
 from cigpose.data.transforms import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio
 from cigpose.deploy.onnx import OnnxModel
 from cigpose.draw import draw_poses
 from cigpose.evaluate.oks import person_scores
 from cigpose.evaluate.predict import predict_crops
+from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 
 Image = str | Path | bytes | np.ndarray
 """A file, the bytes of one, or uint8 (H, W, 3) BGR."""
+
+
+MAX_MEGAPIXELS = 200
+"""Larger JPEGs and PNGs are refused before they are decoded (no camera gives them; 1 MB of PNG may unpack to 6 GB).
+OpenCV itself refuses any format from 1,074 megapixels on."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +55,20 @@ class Poses:
 
     def __len__(self) -> int:
         return len(self.keypoints)
+
+    @classmethod
+    def from_records(
+        cls, persons: Sequence[Mapping[str, Any]], image_size: tuple[int, int], num_keypoints: int
+    ) -> Poses:
+        """What `to_records` was made of, as exactly as it was written."""
+        triples = np.array([person["keypoints"] for person in persons], np.float32).reshape(-1, num_keypoints, 3)
+        return cls(
+            keypoints=triples[..., :2],
+            scores=triples[..., 2],
+            person_scores=np.array([person["score"] for person in persons], np.float64),
+            bbox_xyxy=np.array([person["bbox_xyxy"] for person in persons], np.float32).reshape(-1, 4),
+            image_size=image_size,
+        )
 
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON-ready mapping per person: `bbox_xyxy`, `score`, `keypoints` [[x, y, score], ...]."""
@@ -77,8 +101,7 @@ class Predictor:
         device: torch.device | str | None = None,
         flip_test: bool | None = None,
     ) -> None:
-        on_cpu = isinstance(model, OnnxModel) or not torch.cuda.is_available()
-        self.device = torch.device(device if device is not None else "cpu" if on_cpu else "cuda")
+        self.device = choose_device("cpu" if device is None and isinstance(model, OnnxModel) else device)
         self.model = model.to(self.device).eval()
         self.config = config
         self.keypoint_set = config.keypoint_set
@@ -142,7 +165,7 @@ class Predictor:
         for image, boxes in zip(images, boxes_xyxy, strict=True):
             pixels = read_image(image)
             size = pixels.shape[1], pixels.shape[0]
-            corners, box_scores = _boxes(boxes, size)
+            corners, box_scores = check_boxes(boxes, size)
             center, scale = box_to_center_scale(corners, self.config.augmentation.box_padding)
             scale = fix_aspect_ratio(scale, self.config.model.input_size)
             crops += [self._crop(pixels, c, s) for c, s in zip(center, scale, strict=True)]
@@ -181,6 +204,8 @@ class Predictor:
             some = torch.from_numpy(np.stack(crops[start : start + batch])).to(self.device)
             rows = slice(start, start + batch)
             keypoints[rows], scores[rows] = predict_crops(self.model, some, self._flip_index)
+        if not np.isfinite(scores).all():
+            raise ValueError("model: gives scores that are NaN or infinite. Its weights are broken; use another file.")
         return keypoints, scores
 
 
@@ -189,29 +214,55 @@ def read_image(image: Image) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture OpenCV can decode, or an array of another kind.
+        ValueError: it is no picture OpenCV can decode, too large (`MAX_MEGAPIXELS`), or an array of another kind.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"picture: expected a uint8 (H, W, 3) BGR array, got {image.dtype} {image.shape}.")
         return image
-    name = "picture" if isinstance(image, bytes) else str(image)
+    name = "picture" if isinstance(image, bytes) else os.fsencode(image).decode("utf-8", "backslashreplace")
     if isinstance(image, bytes):
         content = image
     else:
         if not Path(image).is_file():
-            raise FileNotFoundError(f"{image}: no such picture.")
+            raise FileNotFoundError(f"{name}: no such picture.")
         content = Path(image).read_bytes()
-    pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR) if content else None
+    width, height = _declared_size(content)
+    if width * height > MAX_MEGAPIXELS * 1e6:
+        raise ValueError(f"{name}: {width} x {height} pixels, allowed are {MAX_MEGAPIXELS} million. Make it smaller.")
+    try:
+        pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR) if content else None
+    except cv2.error as err:  # more pixels than OpenCV takes
+        raise ValueError(f"{name}: OpenCV refuses to decode it ({err.err}). Give a smaller picture.") from err
     if pixels is None:
         raise ValueError(f"{name}: OpenCV cannot decode these {len(content)} bytes. Give a JPEG, PNG, WebP or BMP.")
     return pixels
 
 
-def _boxes(
+def _declared_size(content: bytes) -> tuple[int, int]:
+    """(width, height) that a JPEG or PNG says it has; (0, 0) if it says nothing, or is of another format."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) >= 24:
+        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    with contextlib.suppress(DataError):
+        return jpeg_size(content)
+    return 0, 0
+
+
+def check_boxes(
     boxes: np.ndarray | Sequence[Sequence[float]] | None, image_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (N, 4) float32 and box scores (N,) float64, 1 where not given."""
+    """Boxes of persons as they are used.
+
+    Args:
+        boxes: see `Predictor.__call__`.
+        image_size: (width, height) of the picture.
+
+    Returns: corners (N, 4) float32 and box scores (N,) float64, 1 where not given.
+
+    Raises:
+        ValueError: they are not boxes, or not of this picture: beside it, or beyond it by more than its own size, so
+            that their keypoints could not be in it.
+    """
     if boxes is None:
         boxes = [[0.0, 0.0, float(image_size[0]), float(image_size[1])]]
     table = np.asarray(boxes, dtype=np.float64)
@@ -221,8 +272,17 @@ def _boxes(
         raise ValueError(f"boxes: expected (N, 4) x0, y0, x1, y1, or (N, 5) with a score; got shape {table.shape}.")
     bad = ~(np.isfinite(table).all(axis=1) & (table[:, 2] > table[:, 0]) & (table[:, 3] > table[:, 1]))
     if bad.any():
-        first = table[np.flatnonzero(bad)[0]].tolist()
+        box = table[np.flatnonzero(bad)[0]].tolist()
         raise ValueError(
-            f"boxes: {first} is not a box; expected x0, y0, x1, y1 with x1 > x0 and y1 > y0. Is it x, y, w, h?"
+            f"boxes: {box} is not a box; expected x0, y0, x1, y1 with x1 > x0 and y1 > y0. Is it x, y, w, h?"
+        )
+    size = np.array(image_size)
+    first, last = table[:, 0:2], table[:, 2:4]
+    away = (last <= 0) | (first >= size) | (first < -size) | (last > 2 * size)
+    if away.any():
+        box = table[np.flatnonzero(away.any(axis=1))[0], :4].tolist()
+        raise ValueError(
+            f"boxes: {box} is beside the picture of {image_size[0]} x {image_size[1]} pixels, or beyond it by more "
+            "than its size. Are the boxes of this picture, in its pixels?"
         )
     return table[:, :4].astype(np.float32), table[:, 4] if table.shape[1] == 5 else np.ones(len(table))

@@ -19,6 +19,7 @@ from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
+from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress
 
@@ -71,7 +72,7 @@ def evaluate_checkpoint(
     """
     if world > 1 and gather is None:
         raise ValueError(f"evaluate_checkpoint: {world} workers need a `gather` to bring their shares together.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     model = load_checkpoint(checkpoint, None if Path(checkpoint).suffix == ".safetensors" else config)
     config = merge_config(model.config, config, where=str(checkpoint))
     dataset = dataset or config.data.val

@@ -293,21 +293,44 @@ def write_results(path: str | Path, scored: ScoredPersons, keypoint_set: Keypoin
 
 
 def _result_entry(scored: ScoredPersons, i: int, keypoint_set: KeypointSet, category_id: int) -> dict[str, Any]:
-    score = float(scored.scores[i])
-    entry: dict[str, Any] = {
-        "image_id": int(scored.people.image_id[i]),
-        "category_id": category_id,
-        "score": score,
-    }
+    return result_entry(
+        int(scored.people.image_id[i]),
+        scored.detections[i],
+        float(scored.scores[i]),
+        scored.people.bbox_xyxy[i].astype(np.float64),
+        keypoint_set,
+        category_id,
+    )
+
+
+def result_entry(
+    image_id: int,
+    detection: np.ndarray,
+    score: float,
+    bbox_xyxy: np.ndarray,
+    keypoint_set: KeypointSet,
+    category_id: int = 1,
+) -> dict[str, Any]:
+    """One person of a COCO result file, see `write_results`.
+
+    Args:
+        image_id: of the picture.
+        detection: (K, 3) float64 x, y in image pixels and score.
+        score: of the person.
+        bbox_xyxy: (4,) float64; written for sets of one field and part only.
+        keypoint_set: the annotation fields.
+        category_id: of persons.
+    """
+    entry: dict[str, Any] = {"image_id": image_id, "category_id": category_id, "score": score}
     start = 0
     for name, count in keypoint_set.annotation_fields.items():
-        entry[name] = scored.detections[i, start : start + count].ravel().tolist()
+        entry[name] = detection[start : start + count].ravel().tolist()
         start += count
         if name in _SCORE_FIELDS:
             entry[_SCORE_FIELDS[name]] = score
     if len(keypoint_set.annotation_fields) > 1:
         entry["wholebody_score"] = score
     elif len(keypoint_set.parts) == 1:
-        x0, y0, x1, y1 = scored.people.bbox_xyxy[i].astype(np.float64).tolist()
+        x0, y0, x1, y1 = bbox_xyxy.tolist()
         entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
     return entry

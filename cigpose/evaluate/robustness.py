@@ -29,6 +29,7 @@ from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import KeypointSet, parts_with_whole
+from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 
 Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -154,7 +155,7 @@ def evaluate_corruptions(
         dataset: None: `config.data.val`.
         device: None: the GPU if there is one.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     model = load_checkpoint(checkpoint, None if Path(checkpoint).suffix == ".safetensors" else config).to(device)
     protocol, keypoint_set = clean.config, clean.config.keypoint_set
     table = {}

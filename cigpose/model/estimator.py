@@ -18,11 +18,33 @@ MEAN_RGB = (123.675, 116.28, 103.53)
 STD_RGB = (58.395, 57.12, 57.375)
 
 
-@functools.lru_cache(maxsize=8)
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of RGB, (1, 3, 1, 1) each; on the device once."""
+def _make_statistics(device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of RGB, (1, 3, 1, 1) each."""
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN_RGB, STD_RGB))
     return mean, std
+
+
+_statistics = functools.lru_cache(maxsize=8)(_make_statistics)  # on each device once
+
+
+class Normalize(nn.Module):
+    """`normalize` for networks that are compiled or exported: its constants are buffers, on the device already.
+
+    They are in no state dict, so that the keys stay upstream's.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean, std = _make_statistics()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """As `normalize`."""
+        return (crops.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
 
 def normalize(crops: Tensor) -> Tensor:
@@ -34,7 +56,9 @@ def normalize(crops: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) float32 on the same device, channels-last in memory.
     """
-    mean, std = _statistics(crops.device)
+    # What is made under tracing may be a stand-in without values, which must not outlive it.
+    traced = torch.compiler.is_compiling() or type(crops) is not Tensor
+    mean, std = (_make_statistics if traced else _statistics)(crops.device)
     return (crops.permute(0, 3, 1, 2).float() - mean) / std
 
 

@@ -55,6 +55,46 @@ _INERT_GLOBALS = (
 )
 
 
+ONNX = "an ONNX file"
+_FOREIGN = (  # how files begin that are taken for weights by mistake
+    (rb"\s*<(!doctype|html|\?xml|head|body)", "a web page: its address gave a page in place of the file"),
+    (rb"version https://git-lfs", "a pointer of Git LFS: the file itself was not fetched"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x3a\x42]", ONNX),
+    (rb"\s*[{[]", "JSON text"),
+    (rb"\x1f\x8b|7z|Rar!", "an archive, which has to be unpacked first"),
+    (rb"\xff\xd8\xff|\x89PNG", "a picture"),
+    (rb"[\x20-\x7e\s]{16}", "text"),
+)
+_PICKLE = re.compile(rb"\x80[\x02-\x05]")
+_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""torch.save's magic number, with which its files before 1.6 begin; a pickle of anything else does not."""
+
+
+def refuse_foreign(path: Path, expected: str) -> None:
+    """Refuse a file whose first bytes tell that it is something else, and say what.
+
+    Args:
+        path: an existing file.
+        expected: such as "a torch checkpoint".
+
+    Raises:
+        CheckpointError: it is of a known other kind, or empty.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[4:9] == b"\0\0\0\0{":  # safetensors: the header's length in 8 bytes, which may look like anything
+        return
+    kind = next((kind for pattern, kind in _FOREIGN if re.match(pattern, start, re.IGNORECASE)), None)
+    if not start:
+        kind = "an empty file"
+    elif _PICKLE.match(start) and not start.startswith(_TORCH_LEGACY):
+        kind = "a plain pickle, which can run code when it is opened and holds no weights that can be read safely"
+    if kind and kind != expected:
+        of_weights = "a .safetensors of ours or an official .pth"
+        advice = "an .onnx that `cigpose export` wrote" if expected == ONNX else of_weights
+        raise CheckpointError(f"{path}: not {expected} but {kind}. Give {advice}.")
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file, on the CPU.
 
@@ -70,12 +110,17 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found.")
+    refuse_foreign(path, _expected(path))
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as err:
             raise CheckpointError(f"{path}: not a whole safetensors file ({err}). Copy or make it again.") from err
     return _tensors_of(_unpickle(path), path)
+
+
+def _expected(path: Path) -> str:
+    return "a safetensors file" if path.suffix == ".safetensors" else "a torch checkpoint"
 
 
 def _unpickle(path: Path) -> object:
@@ -90,7 +135,9 @@ def _unpickle(path: Path) -> object:
                 f"{path}: asks for {refused[1]}, which is neither a tensor nor OpenMMLab's bookkeeping; opening it "
                 "would run code from the file, so it is refused. Ask its author for a file of tensors only."
             ) from err
-        reason = str(err).strip().splitlines()[0][:200] if str(err).strip() else type(err).__name__
+        # torch's own text advises to open the file without protection.
+        lines = re.sub(r".*WeightsUnpickler error:", "", str(err), flags=re.DOTALL).strip().splitlines()
+        reason = lines[0][:200] if lines and "weights_only" not in lines[0] else type(err).__name__
         raise CheckpointError(f"{path}: not a readable torch checkpoint ({reason}). Download it again.") from err
 
 
@@ -149,6 +196,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found.")
+    refuse_foreign(path, "a safetensors file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -187,6 +235,7 @@ def load_checkpoint(path: str | Path, config: Config | None = None) -> CIGPose |
     path = Path(path)
     if config is None:
         if path.suffix != ".safetensors" and path.is_file():
+            refuse_foreign(path, _expected(path))
             raise CheckpointError(
                 f"{path}: a {path.suffix or 'file'} carries no configuration of ours. Give the one it was trained "
                 "with, e.g. load_preset('cigpose-m_coco-wholebody_256x192')."

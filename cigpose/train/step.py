@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cigpose.config import Config
-from cigpose.model.estimator import normalize
+from cigpose.model.estimator import Normalize
 from cigpose.train.optim import set_learning_rate
 from cigpose.train.state import TrainState
 
@@ -48,6 +48,7 @@ class Losses(nn.Module):
     def __init__(self, model: nn.Module, config: Config) -> None:
         super().__init__()
         self.model = model
+        self.normalize = Normalize().to(next(model.parameters()).device)
         self.loss_of: Callable[..., dict[str, Tensor]] = model.loss  # type: ignore[assignment]
         self.loss_batch = config.train.loss_batch
         self.precision = resolved_precision(config, next(model.parameters()).device)
@@ -64,7 +65,7 @@ class Losses(nn.Module):
 
         Returns: scalars `loss` (to be minimised), its parts `loss_*` as they enter it, and `acc_pose`.
         """
-        images = normalize(crops).to(self.dtype).contiguous(memory_format=self.memory_format)
+        images = self.normalize(crops).to(self.dtype).contiguous(memory_format=self.memory_format)
         enabled = self.precision != "fp32"
         with torch.autocast(crops.device.type, AUTOCAST[self.precision] if enabled else None, enabled=enabled):
             parts = self.loss_of(images, keypoints, visible)

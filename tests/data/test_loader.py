@@ -576,3 +576,15 @@ def test_s3_shards_are_read_like_local_ones(tiny_shards: Any, tmp_path: Path, s3
             train_loader(config, **options)
     finally:
         remote._s3.cache_clear()
+
+
+def test_an_evaluation_starts_no_more_loader_processes_than_there_are_cores(
+    tiny_shards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_shards.write("a", [2])
+    config = tiny_shards.config("a")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for asked, started in ((10, 2), (1, 1), (0, 0)):
+        loader = dataclasses.replace(config.train.loader, processes=asked)
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, loader=loader))
+        assert eval_loader(changed, "a", rank=0, world=1, root=tiny_shards.root)._options.processes == started

@@ -78,6 +78,19 @@ def test_files_that_are_no_exports_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not protobuf")
     with pytest.raises(ValueError, match="onnxruntime cannot load it"):
         OnnxModel(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(b"<!DOCTYPE html><title>404</title>")
+    with pytest.raises(ValueError, match="not an ONNX file but a web page"):
+        OnnxModel(tmp_path / "model.onnx")
+
+
+def test_an_export_replaces_nothing_but_an_export(model: PoseEstimator, config: Config, tmp_path: Path) -> None:
+    mine = tmp_path / "model.safetensors"
+    mine.write_bytes(b"precious")
+    with pytest.raises(ValueError, match="exists, and `cigpose export` did not write it"):
+        export_onnx(model, config, mine)
+    with pytest.raises(ValueError, match=r"is a folder\. Give the name of a file"):
+        export_onnx(model, config, tmp_path)
+    assert mine.read_bytes() == b"precious"
 
 
 def test_missing_packages_are_named() -> None:

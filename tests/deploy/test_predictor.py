@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from cigpose.config import Config
-from cigpose.deploy.predictor import Predictor, read_image
+from cigpose.deploy.predictor import Poses, Predictor, read_image
 from cigpose.model.estimator import PoseEstimator
 
 from .conftest import tiny_config
@@ -127,12 +128,38 @@ def test_weights_and_onnx_give_equal_poses(
         ([[0, 0, float("nan"), 9]], "is not a box"),
         ([[1, 2, 3]], r"got shape \(1, 3\)"),
         ([1, 2, 3, 4], r"got shape \(4,\)"),
+        ([[7000, 7000, 7100, 7100]], r"\[7000.0, .* is beside the picture of 160 x 120 pixels"),
+        ([[10, -50, 60, 0]], "is beside the picture"),
+        ([[10, 10, 60, 7000]], "or beyond it by more than its size"),
+        ([[-200, 10, 60, 100]], "or beyond it by more than its size"),
     ],
-    ids=["turned round", "nan", "three numbers", "not a table"],
+    ids=["turned round", "nan", "three numbers", "not a table", "far away", "above", "much too high", "much too wide"],
 )
 def test_boxes_that_are_none_are_refused(boxes: list, message: str, picture: np.ndarray) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor(BrightSpot(), tiny_config())(picture, boxes)
+
+
+def test_keypoints_stay_near_the_picture_whatever_box_is_taken(picture: np.ndarray) -> None:
+    poses = Predictor(BrightSpot(), tiny_config())(picture, [[-160, -120, 320, 240], [100, 60, 320, 240]])
+    assert (np.abs(poses.keypoints - [80, 60]) < 4 * np.array([160, 120])).all()
+
+
+def test_a_model_that_gives_no_numbers_is_refused(picture: np.ndarray) -> None:
+    class Broken(BrightSpot):
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().forward(images * float("nan"))
+
+    with pytest.raises(ValueError, match="model: gives scores that are NaN or infinite"):
+        Predictor(Broken(), tiny_config())(picture)
+
+
+def test_written_poses_can_be_read_again(model: PoseEstimator, config: Config, picture: np.ndarray) -> None:
+    for boxes in (BOXES, np.zeros((0, 4))):
+        poses = Predictor(model, config)(picture, boxes)
+        again = Poses.from_records(poses.to_records(), poses.image_size, 133)
+        assert again.keypoints.shape == poses.keypoints.shape and again.to_records() == poses.to_records()
+        assert np.allclose(again.keypoints, poses.keypoints, rtol=0, atol=0.0051)  # two decimals
 
 
 @pytest.mark.parametrize(
@@ -142,6 +169,25 @@ def test_boxes_that_are_none_are_refused(boxes: list, message: str, picture: np.
 def test_what_is_no_picture_is_refused(image: bytes | np.ndarray) -> None:
     with pytest.raises(ValueError, match="picture: "):
         read_image(image)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_picture_that_would_fill_the_memory_is_refused_before_it_is_decoded(
+    kind: str, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(cv2.imencode(f".{kind}", picture)[1].tobytes())
+    at = 16 if kind == "png" else content.index(b"\xff\xc0") + 5
+    size = struct.pack(">II", 40_000, 40_000) if kind == "png" else struct.pack(">HH", 40_000, 40_000)
+    content[at : at + len(size)] = size
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="picture: 40000 x 40000 pixels, allowed are 200 million"):
+        read_image(bytes(content))
+
+
+def test_what_opencv_itself_refuses_is_a_sentence() -> None:
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"picture: OpenCV (refuses to|cannot) decode"):
+        read_image(header + bytes(100))
 
 
 def test_a_missing_picture_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import cigpose
-from cigpose.model.estimator import build_model, forward_flip_test, normalize
+from cigpose.model import estimator
+from cigpose.model.estimator import Normalize, build_model, forward_flip_test, normalize
+from cigpose.train.step import Losses
 
 
 def make_model(config):
@@ -199,3 +201,42 @@ def test_importing_the_package_does_not_import_torch():
     assert {"build_model", "load_checkpoint", "load_preset", "presets", "codec", "Config"} <= set(dir(cigpose))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         cigpose.nothing  # noqa: B018
+
+
+class _Normalizing(torch.nn.Module):
+    def forward(self, crops):
+        return normalize(crops)
+
+
+def test_an_export_leaves_later_pictures_alone():
+    crops = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    estimator._statistics.cache_clear()
+    torch.export.export(_Normalizing(), (crops,), strict=False)
+    found = normalize(crops)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, Normalize()(crops))
+
+
+class _Brightness(torch.nn.Module):
+    """As little of a model as a step needs, so that compiling takes no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def loss(self, images, keypoints, visible):
+        return {"loss_kpt": images.mean() * self.weight, "acc_pose": visible.mean()}
+
+
+def test_a_compiled_step_makes_no_constant_of_its_own(tiny_config):
+    made = []
+
+    def note(graph, _examples):
+        made.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    losses = Losses(_Brightness(), tiny_config())
+    assert not any("normalize" in key for key in losses.state_dict())
+    batch = torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 133, 2), torch.zeros(2, 133)
+    torch.compile(losses, backend=note, fullgraph=True)(*batch)
+    assert made and not [name for name in made if "tensor" in name.split("at 0x")[0]]

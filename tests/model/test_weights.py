@@ -149,6 +149,51 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, config, content, su
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "not a torch checkpoint but a web page"),
+        (pickle.dumps({"weights": [1.0, 2.0]}), "not a torch checkpoint but a plain pickle"),
+        (b"\x08\x0a\x12\x07pytorch\x1a\x052.9.0", "not a torch checkpoint but an ONNX file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "not a torch checkpoint but a pointer of Git LFS"),
+        (b"", "not a torch checkpoint but an empty file"),
+    ],
+    ids=["web page", "pickle", "onnx", "lfs", "empty"],
+)
+def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, config, content, kind):
+    path = tmp_path / "model.pth"
+    path.write_bytes(content)
+    for given in (config, None):
+        with pytest.raises(CheckpointError, match=kind) as caught:
+            cigpose.load_checkpoint(path, given)
+        assert "weights_only" not in str(caught.value)
+
+
+def test_what_torch_says_of_a_damaged_pickle_is_no_advice_to_run_it(tmp_path, config):
+    path = tmp_path / "model.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"\x80\x02\xff\xff")
+        archive.writestr("model/version", b"3")
+    with pytest.raises(CheckpointError, match="not a readable torch checkpoint") as caught:
+        cigpose.load_checkpoint(path, config)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_safetensors_file_is_known_whatever_its_first_byte(tmp_path):
+    for number in range(256):
+        path = tmp_path / "model.safetensors"
+        safetensors.torch.save_file({"x": torch.ones(1)}, path, {"note": "n" * number})
+        assert weights.read_metadata(path)["note"] == "n" * number
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path, config, model):
+    path = tmp_path / "model.safetensors"
+    next(model.parameters()).data.view(-1)[0] = float("nan")
+    weights.save_weights(path, model.state_dict(), config)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: 1 of \d+ tensors hold numbers that are not finite: backbone"):
+        cigpose.load_checkpoint(path)
+
+
 # --- OpenMMLab's ---
 
 

@@ -1,0 +1,127 @@
+"""What `cigpose predict` was asked for: pictures and videos, each with a name of its own in the results."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
+
+MANIFEST = "cigpose-predict.json"
+"""The file by which a folder of results is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One picture or video."""
+
+    path: Path
+    name: Path
+    """Of its results; no other source has it."""
+    drawing: Path
+    """The drawn picture or video, relative to the folder of drawings: in its own format where that can be written."""
+
+    @property
+    def shown(self) -> str:
+        """The name as text, whatever bytes it has."""
+        return shown(self.name)
+
+    def stamp(self) -> dict[str, int]:
+        """What changes when the file does."""
+        status = self.path.stat()
+        return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+@dataclass
+class Media:
+    """All sources, in the order of the arguments."""
+
+    pictures: list[Source] = field(default_factory=list)
+    videos: list[Source] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    """A sentence for each file that is named like a picture but cannot be opened safely."""
+
+
+def shown(path: str | Path) -> str:
+    """A path as UTF-8 text: bytes that are none are written as backslash escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def find_media(sources: Sequence[Path]) -> Media:
+    """The pictures and videos of the arguments.
+
+    The name of a picture is its file's, or, in a folder, its path from there; with several arguments the folder's name
+    stands before it. A name that is taken gets a number: `imgs`, `imgs-2`. Results of earlier predictions within a
+    folder are passed over.
+
+    Args:
+        sources: pictures, folders, videos. The same one twice counts once.
+
+    Raises:
+        FileNotFoundError: one does not exist, or a folder holds no picture.
+        ValueError: one is neither a file nor a folder, such as a pipe or a device.
+    """
+    if missing := [shown(source) for source in sources if not source.exists()]:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such picture, folder or video.")
+    distinct = list({source.resolve(): source for source in sources}.values())
+    media, taken = Media(), {"poses", Path(MANIFEST).stem}  # the names of our own files
+    for source in distinct:
+        if source.is_dir():
+            label = Path() if len(distinct) == 1 else Path(_free(taken, source.resolve().name, ""))
+            _add_folder(media, source, label)
+        elif not source.is_file():
+            raise ValueError(f"{shown(source)}: neither a file nor a folder. Give a picture, a folder or a video.")
+        elif source.suffix.lower() in VIDEOS:
+            media.videos.append(_source(source, taken, source.stem, "", ".mp4"))
+        else:
+            drawn = "" if source.suffix.lower() in PICTURES else ".jpg"
+            media.pictures.append(_source(source, taken, source.stem, source.suffix, source.suffix + drawn))
+    return media
+
+
+def _source(path: Path, taken: set[str], stem: str, ending: str, drawn_ending: str) -> Source:
+    stem = _free(taken, stem, ending, drawn_ending)
+    return Source(path=path, name=Path(stem + ending), drawing=Path(stem + drawn_ending))
+
+
+def _free(taken: set[str], stem: str, *endings: str) -> str:
+    """`stem` or, where a name made of it is taken, `stem-2` and so on."""
+    for number in itertools.count(1):
+        candidate = stem if number == 1 else f"{stem}-{number}"
+        claims = {shown(candidate + ending) for ending in endings}
+        if not claims & taken:
+            taken |= claims
+            return candidate
+    raise AssertionError
+
+
+def _add_folder(media: Media, folder: Path, label: Path) -> None:
+    count, names = 0, set[str]()
+    for path in _pictures_below(folder, media.refused):
+        count += 1
+        name = label / path.relative_to(folder)
+        source = Source(path=path, name=name, drawing=name)
+        if not path.is_file():
+            media.refused.append(f"{shown(path)}: not a regular file.")
+        elif source.shown in names:
+            media.refused.append(f"{shown(path)}: another picture has this name but for bytes that are not UTF-8.")
+        else:
+            names.add(source.shown)
+            media.pictures.append(source)
+    if not count:
+        known = " ".join(sorted(PICTURES))
+        raise FileNotFoundError(f"{shown(folder)}: no pictures in it; known endings: {known}.")
+
+
+def _pictures_below(folder: Path, refused: list[str]) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, onerror=lambda err: refused.append(str(err))):
+        folders[:] = sorted(name for name in folders if not os.path.lexists(os.path.join(parent, name, MANIFEST)))
+        yield from _pictures_of(Path(parent), files)
+
+
+def _pictures_of(parent: Path, files: Iterable[str]) -> Iterator[Path]:
+    return (parent / name for name in sorted(files) if os.path.splitext(name)[1].lower() in PICTURES)
