@@ -51,7 +51,7 @@ def large_golden(shared: Path) -> Path:
 def one_thread() -> Iterator[None]:
     """Torch computes on one thread, as it did for the reference numbers.
 
-    In small models two threads mostly wait for each other: on busy cores a training step takes ten times as long.
+    Small models gain nothing from a second: on busy cores the two wait for each other, ten times as long and more.
     """
     import torch
 

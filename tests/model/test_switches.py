@@ -7,6 +7,8 @@ import torch
 
 from cigpose.model.estimator import RTMPose, build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def batch():
