@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from cigpose.config import Config, load_params
-from cigpose.data.download import fetch
-from cigpose.data.sources import TABLE
+from cigpose.download.fetch import fetch
+from cigpose.download.sources import TABLE
 from cigpose.files.addresses import without_credentials
 from pipelines.member import asked_member
 

@@ -26,10 +26,19 @@ from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config, load_params
 from cigpose.files.addresses import without_credentials
-from pipelines import tracking
 from pipelines.lineage import content_digest, file_sha256, project_root, read_shard_index
-from pipelines.package import Package, log_package, model_card, parts_table, read_lineage, shards_location
-from pipelines.registry import CHALLENGER, CHAMPION, RUN_TAG, WEIGHTS_TAG, Decision, Evaluation, Registry, protocol_of
+from pipelines.registry.package import Package, log_package, model_card, parts_table, read_lineage, shards_location
+from pipelines.registry.versions import (
+    CHALLENGER,
+    CHAMPION,
+    RUN_TAG,
+    WEIGHTS_TAG,
+    Decision,
+    Evaluation,
+    Registry,
+    protocol_of,
+)
+from pipelines.tracking import run as tracking
 
 log = logging.getLogger(__name__)
 

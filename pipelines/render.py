@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cigpose.config import load_params
-from cigpose.data.rendered import render_dataset
+from cigpose.render import render_dataset
 from pipelines.member import asked_member
 
 RAW = Path("data/raw")

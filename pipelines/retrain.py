@@ -44,9 +44,9 @@ from prefect.client.schemas.objects import (  # noqa: E402
 )
 
 from cigpose.config import Config, config_from_mapping, load_params, public_params  # noqa: E402
+from cigpose.config.params_file import write_params  # noqa: E402
+from cigpose.config.schema import ConfigError  # noqa: E402
 from cigpose.files.addresses import without_credentials  # noqa: E402
-from cigpose.params_file import write_params  # noqa: E402
-from cigpose.schema import ConfigError  # noqa: E402
 
 HOUR = 3600
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from cigpose.config import load_params
-from cigpose.data.shards import write_dataset
 from cigpose.files.addresses import without_credentials
+from cigpose.shard.write import write_dataset
 from pipelines.member import asked_member
 
 RAW = Path("data/raw")

@@ -29,10 +29,11 @@ from cigpose.files.atomic import claimed
 from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
-from pipelines import cluster, tracking
 from pipelines.lineage import digest_of, file_sha256, project_root, shards_digest
-from pipelines.results import RESULTS, copy_out, forget, is_finished, seal, write_results
-from pipelines.watch import Watch
+from pipelines.tracking import run as tracking
+from pipelines.training import driver as cluster
+from pipelines.training.results import RESULTS, copy_out, forget, is_finished, seal, write_results
+from pipelines.training.watch import Watch
 
 DATA = Path("data")
 SHARDS = DATA / "shards"

@@ -10,8 +10,8 @@ import yaml
 from paper_presets import PRESETS
 
 from cigpose.config import Config, config_from_mapping, load_params, load_preset, preset_text, presets
-from cigpose.params_file import params_text, write_params
-from cigpose.schema import ConfigError
+from cigpose.config.params_file import params_text, write_params
+from cigpose.config.schema import ConfigError
 
 
 def quickstart() -> dict[str, Any]:

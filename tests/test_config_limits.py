@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cigpose.config import config_from_mapping, load_params, load_preset
-from cigpose.schema import ConfigError
+from cigpose.config.schema import ConfigError
 
 HUGE = 10**18
 WORKS: dict[str, tuple[Any, ...]] = {

@@ -17,6 +17,7 @@ from cigpose.config.experiment import (
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
 from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig
+from cigpose.config.schema import ConfigError
 from cigpose.config.training import (
     AugmentationConfig,
     AugmentationStage,
@@ -29,7 +30,6 @@ from cigpose.config.training import (
     ScheduleConfig,
     TrainConfig,
 )
-from cigpose.schema import ConfigError
 
 __all__ = [
     "PRESETS",

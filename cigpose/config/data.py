@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import ADDRESS, LARGEST, PRIVATE, require, require_between, require_name
+from cigpose.config.schema import ADDRESS, LARGEST, PRIVATE, require, require_between, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,7 +13,7 @@ class DownloadConfig:
     """What to fetch, and from where."""
 
     sources: dict[str, tuple[str, ...]]
-    """Folder under data/raw -> names of files in the download table (`cigpose.data.download`). May be empty."""
+    """Folder under data/raw -> names of files in the download table (`cigpose.download.fetch`). May be empty."""
     mirror: str | None = field(default=None, metadata=PRIVATE)
     """Address that replaces the hosts: <mirror>/<host>/<path>."""
     parallel_files: int = 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from cigpose.schema import ConfigError
+from cigpose.config.schema import ConfigError
 
 MOST_VALUES = 100_000
 """Values of a document with its aliases written out; a params.yaml has a few hundred."""

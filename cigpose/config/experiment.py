@@ -12,9 +12,7 @@ from cigpose.config.data import DataConfig
 from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
 from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
-from cigpose.config.training import AugmentationConfig, TrainConfig
-from cigpose.keypoints import KeypointSet, keypoint_set
-from cigpose.schema import (
+from cigpose.config.schema import (
     LARGEST,
     ConfigError,
     from_mapping,
@@ -24,6 +22,8 @@ from cigpose.schema import (
     require_name,
     to_mapping,
 )
+from cigpose.config.training import AugmentationConfig, TrainConfig
+from cigpose.keypoints import KeypointSet, keypoint_set
 
 PRESETS = Path(__file__).parents[1] / "presets"
 

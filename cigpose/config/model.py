@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import require, require_between, require_name
+from cigpose.config.schema import require, require_between, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

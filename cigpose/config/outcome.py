@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cigpose.config.schema import ADDRESS, ConfigError, require_between
 from cigpose.keypoints import KeypointSet, parts_with_whole
-from cigpose.schema import ADDRESS, ConfigError, require_between
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 """pycocotools' ten figures, in its order. -1 where there is nothing to measure."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.schema import ADDRESS, LARGEST, require, require_between
+from cigpose.config.schema import ADDRESS, LARGEST, require, require_between
 
 LONGEST = 100_000
 """Most epochs: the rate of every step is computed before the first."""

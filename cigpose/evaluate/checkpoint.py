@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from cigpose.config import Config
-from cigpose.data.loader import eval_loader
-from cigpose.data.shardset import ShardFiles, ShardSet
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
+from cigpose.loader.batches import eval_loader
+from cigpose.loader.shards import ShardFiles, ShardSet
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from cigpose.codec import decode
-from cigpose.data.transforms import crop_to_image
 from cigpose.evaluate.predictions import FIELDS, Predictions
 from cigpose.keypoints import KeypointSet
+from cigpose.loader.augment import crop_to_image
 from cigpose.model.estimator import forward_flip_test, normalize
 
 __all__ = ["Predictions", "predict", "predict_crops"]
@@ -34,7 +34,7 @@ def predict(
 
     Args:
         model: gives (simcc_x, simcc_y); put into eval mode here, and back afterwards.
-        loader: evaluation batches (`cigpose.data.loader.eval_loader`); every person should come once.
+        loader: evaluation batches (`cigpose.loader.batches.eval_loader`); every person should come once.
         keypoint_set: its flip pairs are used by the flip test.
         device: where the model is.
         flip_test: average the outputs of the crop and of its mirror image.

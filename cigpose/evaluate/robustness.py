@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from cigpose.config import Config, EvaluateConfig
-from cigpose.data.loader import eval_loader
 from cigpose.evaluate.checkpoint import Evaluation
 from cigpose.evaluate.coco import evaluate_predictions, run_part, score_persons
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import KeypointSet, parts_with_whole
+from cigpose.loader.batches import eval_loader
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from cigpose.config import Config, config_from_mapping
+from cigpose.config.schema import ConfigError
 from cigpose.model.estimator import CIGPose, RTMPose, build_model
-from cigpose.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -32,9 +32,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from cigpose.data.remote import S3_ENDPOINTS
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import replace_folder, sync
+from cigpose.files.objects import S3_ENDPOINTS
 
 STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "complete.json"
 

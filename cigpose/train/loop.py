@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from cigpose.config import Config
-from cigpose.data.loader import eval_loader, train_loader
 from cigpose.evaluate.checkpoint import dataset_truth, open_shards
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predict import Predictions, predict
+from cigpose.loader.batches import eval_loader, train_loader
 from cigpose.model.weights import save_weights
 from cigpose.train import workers
 from cigpose.train.build import build_state

@@ -35,12 +35,7 @@ import numpy as np
 import torch
 
 from cigpose.config import Config, DatasetConfig, RenderConfig, load_preset
-from cigpose.data.crops import CropMaker
-from cigpose.data.loader import train_loader
-from cigpose.data.rendered import render_dataset
-from cigpose.data.shards import write_dataset
-from cigpose.data.shardset import ShardFiles, ShardSet
-from cigpose.data.transforms import (
+from cigpose.loader.augment import (
     MIN_VISIBLE_FOR_HALF_BODY,
     PREFER_UPPER_BODY,
     Person,
@@ -52,6 +47,11 @@ from cigpose.data.transforms import (
     half_body,
     person_matrix,
 )
+from cigpose.loader.batches import train_loader
+from cigpose.loader.crops import CropMaker
+from cigpose.loader.shards import ShardFiles, ShardSet
+from cigpose.render import render_dataset
+from cigpose.shard.write import write_dataset
 
 GOAL = 3.0
 PERSONS_PER_IMAGE = 2.3

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from cigpose.config import RenderConfig
-from cigpose.data.rendered.dataset import render_jpeg
+from cigpose.render.dataset import render_jpeg
 
 CONFIG = RenderConfig(seed=1, num_images=10_000, image_size=(400, 320))
 CHUNKS, IMAGES = 20, 20

@@ -33,10 +33,10 @@ import numpy as np
 os.environ.setdefault("CIGPOSE_NO_PROGRESS", "1")
 
 from cigpose.config import Config, DatasetConfig, ShardingConfig, load_preset
-from cigpose.data.jpeg import check_jpeg
-from cigpose.data.jsonstream import parse_element, split_arrays
-from cigpose.data.shards import write_dataset
+from cigpose.files.jpeg import check_jpeg
+from cigpose.files.jsonstream import parse_element, split_arrays
 from cigpose.keypoints import keypoint_set
+from cigpose.shard.write import write_dataset
 
 MB = 1e6
 

@@ -28,17 +28,18 @@ import pipelines  # noqa: F401  isort: skip  (quiets the tools before they are i
 import torch
 
 from cigpose.config import Config, RenderConfig, config_from_mapping, load_preset
-from cigpose.data.loader import train_loader
-from cigpose.data.rendered import render_dataset
-from cigpose.data.shards import write_dataset
+from cigpose.loader.batches import train_loader
 from cigpose.model.estimator import build_model
+from cigpose.render import render_dataset
+from cigpose.shard.write import write_dataset
 from cigpose.train.build import state_around
 from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.loop import Place, train
 from cigpose.train.state import TrainState
 from cigpose.train.step import train_step
-from pipelines import cluster, tracking
-from pipelines.watch import Watch
+from pipelines.tracking import run as tracking
+from pipelines.training import driver as cluster
+from pipelines.training.watch import Watch
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from cigpose.config import CausalConfig, Config, DatasetConfig, LoaderConfig, ShardingConfig, load_preset
-from cigpose.data.shard_index import ShardIndex
-from cigpose.data.shards import write_dataset
-from cigpose.data.tars import members
+from cigpose.shard.index import ShardIndex
+from cigpose.shard.write import write_dataset
+from cigpose.shard.tars import members
 
 
 @dataclass

@@ -19,7 +19,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from cigpose.cli import main
+from cigpose.cli.main import main
 from cigpose.config import Config
 from cigpose.deploy import media
 from cigpose.deploy.boxes import BoxFile
@@ -291,7 +291,17 @@ def test_a_killed_process_loses_no_picture_that_was_done(
     (tmp_path / "many").mkdir()
     for number in range(96):
         cv2.imwrite(str(tmp_path / "many" / f"{number}.jpg"), picture)
-    command = [sys.executable, "-m", "cigpose.cli", "predict", "many", "--model", str(checkpoint), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "cigpose.cli.main",
+        "predict",
+        "many",
+        "--model",
+        str(checkpoint),
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     process = subprocess.Popen([*command, "--no-drawings"], cwd=tmp_path)
     journal = tmp_path / "predictions" / "poses.jsonl"

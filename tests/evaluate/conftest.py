@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cigpose.config import Config, config_from_mapping, load_preset
-from cigpose.data.shards import write_dataset
+from cigpose.config.params_file import write_params
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import save_weights
-from cigpose.params_file import write_params
+from cigpose.shard.write import write_dataset
 
 SIZE = (160, 120)
 PERSONS_PER_IMAGE = (1, 2, 0, 3, 1, 2, 1)

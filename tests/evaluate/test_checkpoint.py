@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cigpose.cli import main
+from cigpose.cli.main import main
 from cigpose.config import Config, load_preset
 from cigpose.evaluate.checkpoint import (
     Evaluation,

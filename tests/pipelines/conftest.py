@@ -17,8 +17,9 @@ import pytest
 from train_stage import Stage, make_stage
 
 from cigpose.config import Config, config_from_mapping, load_preset
-from cigpose.params_file import write_params
-from pipelines import tracking, ui
+from cigpose.config.params_file import write_params
+from pipelines import ui
+from pipelines.tracking import run as tracking
 
 OUTSIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_PORT", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_SERVER_API_PORT")
 

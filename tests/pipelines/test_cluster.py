@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from train_stage import Stage
 
-from pipelines.worker import explain
+from pipelines.training.worker import explain
 
 PARAMS = {"train": {"batch_total": 64, "accumulate_steps": 2, "cluster": {"num_workers": 4}}}
 

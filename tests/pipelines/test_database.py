@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cigpose.config import Config
-from pipelines import tracking
-from pipelines.database import DatabaseError
+from pipelines.tracking import run as tracking
+from pipelines.tracking.database import DatabaseError
 
 
 def _set_up_until(address: str, statement: int) -> None:

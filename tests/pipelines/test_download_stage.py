@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from cigpose.config import preset_text
-from cigpose.data.sources import TABLE
+from cigpose.download.sources import TABLE
 from pipelines.download import main
 
 COCO = [

@@ -89,7 +89,7 @@ def test_an_experiment_overrides_params_and_shows_its_difference(project: Projec
 def test_real_photographs_from_their_archives_to_a_registered_model(tmp_path: Path, mirror: str) -> None:
     """COCO-WholeBody as its hosts serve it: download, shard, train two epochs, evaluate on val, register."""
     project = make_project(tmp_path)
-    project.run(sys.executable, "-m", "cigpose.cli", "use", "cigpose-m_coco-wholebody_256x192")
+    project.run(sys.executable, "-m", "cigpose.cli.main", "use", "cigpose-m_coco-wholebody_256x192")
     values = yaml.safe_load((project.folder / "params.yaml").read_text())
     values["data"]["download"]["mirror"] = mirror
     (project.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -114,7 +114,7 @@ def test_the_real_training_people_are_learnt_by_heart(tmp_path: Path, mirror: st
     """A small model on the few real people of the mirror, crop to OKS: their own AP comes near 1."""
     project = make_project(tmp_path)
     small = yaml.safe_load((project.folder / "params.yaml").read_text())
-    project.run(sys.executable, "-m", "cigpose.cli", "use", "cigpose-m_coco-wholebody_256x192")
+    project.run(sys.executable, "-m", "cigpose.cli.main", "use", "cigpose-m_coco-wholebody_256x192")
     values = yaml.safe_load((project.folder / "params.yaml").read_text())
     values |= {section: small[section] for section in ("model", "augmentation", "train", "evaluate")}
     values["data"]["datasets"]["coco-wholebody-train"]["ground_truth"] = True

@@ -13,8 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from cigpose.config import Config, config_from_mapping
-from pipelines import register, tracking
-from pipelines.registry import Evaluation, Registry, decide, protocol_of
+from pipelines import register
+from pipelines.registry.versions import Evaluation, Registry, decide, protocol_of
+from pipelines.tracking import run as tracking
 
 MODEL = "cigpose-quickstart"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import tracking, turns
-from pipelines.registry import Evaluation, Registry
+from pipelines.registry import turns
+from pipelines.registry.versions import Evaluation, Registry
+from pipelines.tracking import run as tracking
 
 MODEL = "raced"
 ROUNDS = int(os.environ.get("CIGPOSE_TEST_RACES", "5"))

@@ -21,8 +21,8 @@ import requests
 import yaml
 
 from cigpose.config import Config, load_params
-from cigpose.params_file import write_params
-from cigpose.schema import ConfigError
+from cigpose.config.params_file import write_params
+from cigpose.config.schema import ConfigError
 from pipelines import processes, retrain, ui
 
 STAGE = """

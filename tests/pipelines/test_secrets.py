@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from cigpose.config import Config, config_from_mapping, load_preset, public_params
+from cigpose.config.params_file import write_params
+from cigpose.config.schema import ADDRESS, public_marks, to_mapping
 from cigpose.deploy.onnx import export_onnx
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import read_config, save_weights
-from cigpose.params_file import write_params
-from cigpose.schema import ADDRESS, public_marks, to_mapping
-from pipelines import register, retrain, tracking
+from pipelines import register, retrain
+from pipelines.tracking import run as tracking
 
 SECRET = "S3CRET"
 LOOKS_LIKE_ONE = re.compile(r"address|ur[il]s?$|mirror|_ids?$|locations?$|endpoint|token|secret|password|key$", re.I)

@@ -14,7 +14,8 @@ import requests
 
 from cigpose.config import Config
 from cigpose.deploy.predictor import Predictor
-from pipelines import register, serving, ui
+from pipelines import register, ui
+from pipelines.registry import serving
 
 
 def encoded_picture() -> bytes:

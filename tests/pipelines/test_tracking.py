@@ -13,8 +13,10 @@ import pytest
 from mlflow import MlflowClient
 
 from cigpose.config import Config
-from pipelines import delivery, lineage, tracking
-from pipelines.spool import Spool
+from pipelines import lineage
+from pipelines.tracking import delivery
+from pipelines.tracking import run as tracking
+from pipelines.tracking.spool import Spool
 
 
 def history(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:

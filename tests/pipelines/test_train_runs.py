@@ -17,12 +17,13 @@ import safetensors.torch
 from train_stage import Stage
 
 from cigpose.config import load_params
+from cigpose.config.schema import ConfigError
 from cigpose.model.estimator import build_model
-from cigpose.schema import ConfigError
 from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.state import influential_params
-from pipelines import results, train
-from pipelines.watch import Watch
+from pipelines import train
+from pipelines.training import results
+from pipelines.training.watch import Watch
 
 HOLDER = """
 import sys

@@ -17,8 +17,9 @@ import pytest
 import requests
 
 from cigpose.config import Config
-from cigpose.params_file import write_params
-from pipelines import access, processes, tracking, ui
+from cigpose.config.params_file import write_params
+from pipelines import access, processes, ui
+from pipelines.tracking import run as tracking
 
 
 def fake_server(folder: Path, *command: str, port: int | None = None) -> ui.Server:

@@ -17,8 +17,8 @@ from nested import change
 from project import TINY
 
 from cigpose.config import load_params, load_preset
-from cigpose.data.rendered import render_dataset
-from cigpose.data.shards import write_dataset
+from cigpose.render import render_dataset
+from cigpose.shard.write import write_dataset
 
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "RAY_"))},

@@ -11,8 +11,8 @@ import torch
 from tiny_training import make_config
 
 from cigpose.config import Config, RenderConfig
-from cigpose.data.rendered import render_dataset
-from cigpose.data.shards import write_dataset
+from cigpose.render import render_dataset
+from cigpose.shard.write import write_dataset
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cigpose.data.plan import train_batch_sizes
+from cigpose.loader.plan import train_batch_sizes
 from cigpose.train import loop
 from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore

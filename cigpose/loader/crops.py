@@ -1,0 +1,252 @@
+"""One picture in, the crops of its persons out: what a loader process does. Each picture is decoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from cigpose.config import AugmentationStage, Config
+from cigpose.files.archives import DataError
+from cigpose.loader.augment import (
+    Person,
+    PixelAugmentation,
+    augment_person,
+    box_to_center_scale,
+    crop_image,
+    fix_aspect_ratio,
+    person_matrix,
+    transform_points,
+)
+from cigpose.loader.shards import AGAIN, ShardFiles
+
+_REDUCED = {
+    1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # from OpenCV 4.11 on
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+"""Factor -> flag. The picture is turned by its EXIF orientation, as the original reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image of a shard and the persons wanted of it."""
+
+    path: Path
+    """The tar."""
+    dataset: str
+    key: str
+    json_extent: tuple[int, int]
+    jpeg_extent: tuple[int, int]
+    persons: tuple[int, ...]
+    """Their places in the record."""
+    positions: tuple[int, ...]
+    """Their places in the rank's epoch."""
+    numbers: tuple[int, ...]
+    """Their numbers in the order of the whole dataset or epoch."""
+
+    @property
+    def where(self) -> str:
+        """The image as messages name it."""
+        return f"{self.path}: {self.key}.jpg"
+
+
+@dataclass(slots=True)
+class Crops:
+    """Persons cut out of some pictures, in no batch yet. N persons."""
+
+    positions: list[int]
+    arrays: dict[str, np.ndarray]
+    """Batch field -> (N, ...)."""
+    keys: list[str]
+
+
+@dataclass
+class _Rows:
+    """Values of each batch field, person by person."""
+
+    keys: list[str] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, key: str, **values: Any) -> None:
+        self.keys.append(key)
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
+
+
+class CropMaker:
+    """Cuts the persons of pictures out: augmented for training, plain for evaluation.
+
+    Whatever is random depends on (seed, epoch, dataset, image, person) alone. Indexed by a list of pictures, so that a
+    `torch.utils.data.DataLoader` can hand lists to processes.
+    """
+
+    def __init__(self, config: Config, *, epoch: int | None, boxes: str = "ground_truth") -> None:
+        """A maker of crops.
+
+        Args:
+            config: the experiment.
+            epoch: of the training crops; None makes evaluation crops.
+            boxes: `ground_truth` or `detections`.
+        """
+        self.input_size = config.model.input_size
+        self.keypoint_set = config.keypoint_set
+        self.padding = config.augmentation.box_padding
+        self.scaled_decode = config.train.loader.scaled_decode
+        self.seed = config.seed
+        self.epoch = epoch
+        self.boxes = boxes
+        self._files = ShardFiles()
+        self._pixels: PixelAugmentation | None = None
+        self.stage: AugmentationStage | None = None
+        if epoch is not None:
+            stages = config.augmentation
+            self.stage = stages.stage1 if epoch < stages.stage2_from_epoch else stages.stage2
+
+    def __getitem__(self, pictures: list[Picture]) -> Crops | DataError:
+        """The crops of some pictures; a data error is returned, so that it crosses processes as it is."""
+        try:
+            return self.make(pictures)
+        except DataError as err:
+            return err
+
+    def make(self, pictures: list[Picture]) -> Crops:
+        """The crops of some pictures.
+
+        Raises:
+            DataError: a picture cannot be decoded, or is not the one its record describes.
+        """
+        rows = _Rows()
+        crops = np.empty((sum(len(p.persons) for p in pictures), *self.input_size[::-1], 3), dtype=np.uint8)
+        row = 0
+        for picture in pictures:
+            last = row + len(picture.persons)
+            if self.stage is None:
+                self._evaluate(picture, crops[row:last], rows)
+            else:
+                self._train(picture, crops[row:last], rows, self.stage)
+            row = last
+        arrays = {name: np.stack(values) for name, values in rows.columns.items()}
+        positions = [position for picture in pictures for position in picture.positions]
+        return Crops(positions=positions, arrays={"crops": crops, **arrays}, keys=rows.keys)
+
+    def _train(self, picture: Picture, out: np.ndarray, rows: _Rows, stage: AugmentationStage) -> None:
+        record = self._files.record(picture.path, picture.json_extent)
+        keys = [f"{picture.dataset}/{picture.key}#{record['persons'][i]['id']}" for i in picture.persons]
+        rngs = [self.generator(key) for key in keys]
+        persons = [
+            augment_person(self._person(record, i), rng, stage, self.keypoint_set)
+            for i, rng in zip(picture.persons, rngs, strict=True)
+        ]
+        if self._pixels is None:
+            self._pixels = PixelAugmentation(stage)
+        matrices = self._crop(picture, record, persons, out)
+        for i, rng in enumerate(rngs):
+            out[i] = self._pixels(out[i], rng)
+            points = transform_points(matrices[i], persons[i].keypoints)
+            rows.add(keys[i], keypoints=points.astype(np.float32), visible=persons[i].visible)
+
+    def _evaluate(self, picture: Picture, out: np.ndarray, rows: _Rows) -> None:
+        record = self._files.record(picture.path, picture.json_extent)
+        detected = self.boxes == "detections"
+        persons = [self._person(record, i) for i in picture.persons]
+        matrices = self._crop(picture, record, persons, out)
+        for i, (person, place, number) in enumerate(zip(persons, picture.persons, picture.numbers, strict=True)):
+            entry = record["detections" if detected else "persons"][place]
+            person_id = number if detected else entry["id"]
+            rows.add(
+                f"{picture.dataset}/{picture.key}#{person_id}",
+                keypoints=transform_points(matrices[i], person.keypoints).astype(np.float32),
+                visible=person.visible,
+                center=person.center,
+                scale=fix_aspect_ratio(person.scale, self.input_size).astype(np.float32),
+                image_id=np.int64(record["image_id"]),
+                person_id=np.int64(person_id),
+                bbox_xyxy=np.asarray(entry["bbox_xyxy"], dtype=np.float32),
+                box_score=np.float32(entry.get("score", 1.0)),
+            )
+
+    def _person(self, record: dict[str, Any], place: int) -> Person:
+        entry = record["detections" if self.boxes == "detections" else "persons"][place]
+        center, scale = box_to_center_scale(np.asarray(entry["bbox_xyxy"]), self.padding)
+        if "keypoints" in entry:
+            points = np.fromiter(itertools.chain.from_iterable(entry["keypoints"]), np.float64).reshape(-1, 3)
+        else:
+            points = np.zeros((len(self.keypoint_set), 3))
+        return Person(
+            keypoints=points[:, :2],
+            visible=(points[:, 2] > 0).astype(np.float32),
+            center=center,
+            scale=scale,
+            image_size=(record["width"], record["height"]),
+        )
+
+    def _crop(
+        self, picture: Picture, record: dict[str, Any], persons: list[Person], out: np.ndarray
+    ) -> list[np.ndarray]:
+        """Cut the persons out into `out`; their matrices, image (mirrored or not) to crop."""
+        matrices = [person_matrix(person, self.input_size) for person in persons]
+        size = (int(record["width"]), int(record["height"]))
+        factor = _reduction(matrices) if self.scaled_decode else 1
+        image = decode(picture, self._files.read(picture.path, picture.jpeg_extent), factor, size)
+        for person, matrix, crop in zip(persons, matrices, out, strict=True):
+            if factor > 1:
+                matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)
+            crop_image(image, matrix, self.input_size, person.mirrored, out=crop)
+        return matrices
+
+    def generator(self, key: str) -> np.random.Generator:
+        """The generator of one person in this epoch, by its key `<dataset>/<image key>#<person id>`."""
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return np.random.default_rng([self.seed, self.epoch or 0, int.from_bytes(digest, "little")])
+
+
+def decode(picture: Picture, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
+    """The decoded image, RGB uint8, `factor` times smaller.
+
+    Raises:
+        DataError: it cannot be decoded, or has another size (width, height) than its record says.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(jpeg, dtype=np.uint8), _REDUCED[factor])
+    except cv2.error as err:
+        raise DataError(f"{picture.where}: cannot be decoded ({err.err}). {AGAIN}") from err
+    if image is None:
+        raise DataError(f"{picture.where}: cannot be decoded; {len(jpeg)} bytes, starting with {jpeg[:4]!r}. {AGAIN}")
+    expected = (-(-size[0] // factor), -(-size[1] // factor))
+    if image.shape[1::-1] != expected:
+        raise DataError(
+            f"{picture.where}: decodes to {image.shape[1]} x {image.shape[0]} pixels, its record says {expected[0]} x"
+            f" {expected[1]}. Correct the annotations' width and height (or the picture's EXIF orientation) and shard"
+            " again."
+        )
+    if _REDUCED[factor] == getattr(cv2, "IMREAD_COLOR_RGB", None):
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _reduction(matrices: list[np.ndarray]) -> int:
+    """By how much a picture can be reduced so that no crop is magnified: 1, 2, 4 or 8."""
+    shrink = 1 / max(float(np.hypot(matrix[0, 0], matrix[1, 0])) for matrix in matrices)
+    return max((factor for factor in _REDUCED if factor <= shrink), default=1)
+
+
+def reduced_matrix(matrix: np.ndarray, factor: int, width: int, reduced_width: int, mirrored: bool) -> np.ndarray:
+    """A crop's matrix for the reduced picture, whose pixel covers factor x factor pixels.
+
+    Args:
+        matrix: (2, 3), from pixels of the full picture, mirrored or not.
+        factor: how many times smaller the decoded picture is.
+        width: of the full picture.
+        reduced_width: of the decoded one, width / factor rounded up.
+        mirrored: whether `matrix` is for the mirrored picture.
+    """
+    center = (factor - 1) / 2
+    x = width - 1 - factor * (reduced_width - 1) - center if mirrored else center
+    return np.column_stack([matrix[:, :2] * factor, matrix[:, :2] @ [x, center] + matrix[:, 2]])

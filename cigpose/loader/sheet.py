@@ -1,0 +1,123 @@
+"""What a dataset's shards hold, in words and as a contact sheet of what training makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from cigpose.config import Config
+from cigpose.draw import draw_poses, label_picture
+from cigpose.files.archives import DataError
+from cigpose.files.objects import is_remote
+from cigpose.loader.crops import CropMaker, Picture
+from cigpose.loader.shards import ShardSet
+from cigpose.shard.index import ShardIndex
+
+TILE_HEIGHT = 384
+MAX_SHARDS = 4
+"""Shards looked into for the sheet."""
+
+
+def open_shards(address: str) -> ShardSet:
+    """The shards of one folder or address.
+
+    Raises:
+        DataError: the index cannot be used.
+        FileNotFoundError: no index or a shard is missing.
+    """
+    folder = Path(address)
+    return ShardSet.open(folder.name, folder.parent, {folder.name: address} if is_remote(address) else {})
+
+
+def describe(index: ShardIndex) -> str:
+    """What the index says, as lines of text."""
+    size = sum(shard.bytes for shard in index.shards)
+    lines = [
+        f"{index.dataset}: {index.num_keypoints} keypoints ({index.keypoints}), format {index.format}",
+        f"  {len(index.shards):>9,} shards, {size / 1e6:,.1f} MB",
+        f"  {index.images:>9,} images",
+        f"  {index.persons:>9,} persons, {index.persons / max(index.images, 1):.2f} an image",
+        f"  {index.detections:>9,} detections",
+        f"  ground truth: {index.ground_truth or 'none'}",
+    ]
+    for title, counts in (("left out", index.dropped), ("mended", index.mended)):
+        lines += [f"  {title}: {count:,} {reason}" for reason, count in counts.items()]
+    if index.bad.get("count"):
+        lines.append(f"  unreadable: {index.bad['count']:,}, such as {'; '.join(index.bad.get('examples', []))}")
+    lines += [f"  from {file}: sha256 {digest[:16]}..." for file, digest in index.sources.items()]
+    return "\n".join(lines)
+
+
+def contact_sheet(shards: ShardSet, config: Config, *, num_persons: int, seed: int = 0) -> np.ndarray:
+    """Crops of persons drawn by chance: for evaluation, and augmented by each stage.
+
+    Args:
+        shards: the dataset.
+        config: crop size, augmentation and keypoints.
+        num_persons: persons on the sheet.
+        seed: of the choice.
+
+    Returns: uint8 (H, W, 3) BGR, a grid; three tiles a person.
+
+    Raises:
+        DataError: the dataset holds no persons, or a shard or picture is damaged.
+    """
+    pictures = _choose(shards, num_persons, seed)
+    stages = [("as it is", None), ("stage 1", 0), ("stage 2", config.augmentation.stage2_from_epoch)]
+    columns = []
+    for title, epoch in stages:
+        crops = CropMaker(config, epoch=epoch).make(pictures)
+        arrays = crops.arrays
+        columns.append(
+            [
+                _tile(crop, points, visible, config, f"{title} {key.rpartition('/')[2] if epoch is None else ''}")
+                for crop, points, visible, key in zip(
+                    arrays["crops"], arrays["keypoints"], arrays["visible"], crops.keys, strict=True
+                )
+            ]
+        )
+    groups = [np.hstack(tiles) for tiles in zip(*columns, strict=True)]
+    per_row = max(1, round(np.sqrt(len(groups) * groups[0].shape[0] / groups[0].shape[1])))
+    blank = np.zeros_like(groups[0])
+    groups += [blank] * (-len(groups) % per_row)
+    return np.vstack([np.hstack(groups[i : i + per_row]) for i in range(0, len(groups), per_row)])
+
+
+def _choose(shards: ShardSet, num_persons: int, seed: int) -> list[Picture]:
+    """Persons of a few shards, each with its image, without repetition."""
+    rng = np.random.default_rng(seed)
+    filled = [number for number, entry in enumerate(shards.index.shards) if entry.persons]
+    if not filled:
+        raise DataError(f"{shards.address}: holds no persons. Shard it again from the right annotations.")
+    numbers = rng.permutation(filled)[:MAX_SHARDS].tolist()
+    tables = [shards.table(number) for number in numbers]
+    places = [
+        (table, image, person)
+        for table in tables
+        for image, count in enumerate(table.persons.tolist())
+        for person in range(count)
+    ]
+    chosen = sorted(rng.permutation(len(places))[:num_persons].tolist())
+    return [
+        Picture(
+            path=table.path,
+            dataset=shards.dataset,
+            key=table.keys[image],
+            json_extent=tuple(table.json_extents[image].tolist()),
+            jpeg_extent=tuple(table.jpeg_extents[image].tolist()),
+            persons=(person,),
+            positions=(position,),
+            numbers=(position,),
+        )
+        for position, (table, image, person) in enumerate(places[i] for i in chosen)
+    ]
+
+
+def _tile(crop: np.ndarray, keypoints: np.ndarray, visible: np.ndarray, config: Config, text: str) -> np.ndarray:
+    """A crop (H, W, 3) RGB, enlarged, with its visible keypoints and a line of text; BGR."""
+    factor = TILE_HEIGHT / crop.shape[0]
+    image = cv2.resize(cv2.cvtColor(crop, cv2.COLOR_RGB2BGR), None, fx=factor, fy=factor)
+    points = (keypoints[None] + 0.5) * factor - 0.5
+    return label_picture(draw_poses(image, points, visible[None], config.keypoint_set), text.strip())

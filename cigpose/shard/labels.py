@@ -1,0 +1,49 @@
+"""annotations.json beside the shards: COCO-format ground truth of a whole split, for pycocotools and our evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cigpose.keypoints import KeypointSet
+from cigpose.shard.intake import Intake
+
+
+def write_ground_truth(intake: Intake, path: Path, lost: Collection[int]) -> None:
+    """Write every picture and every readable annotation of the split, crowds included, with their original fields.
+
+    Annotations keep the bytes they had in the source; sizes of pictures are the true ones.
+
+    Args:
+        intake: all of the split.
+        path: of the file.
+        lost: ids of images that could not be read; they are left out with their persons.
+    """
+    assert intake.ground_truth_file is not None
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file, intake.ground_truth_file.open("rb") as annotations:
+        file.write(b'{"annotations":[\n')
+        for i, (offset, length) in enumerate(intake.truths(lost)):
+            annotations.seek(offset)
+            file.write(b",\n" if i else b"")
+            file.write(annotations.read(length))
+        file.write(b'\n],\n"categories":')
+        file.write(orjson.dumps(intake.categories or [_category(intake.keypoints)]))
+        file.write(b',\n"images":[\n')
+        file.write(
+            b",\n".join(orjson.dumps(entry) for entry in intake.image_fields.values() if entry["id"] not in lost)
+        )
+        file.write(b"\n]}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def _category(keypoints: KeypointSet) -> dict[str, Any]:
+    """For files that list no categories (UBody): the one there is, as COCO writes it."""
+    lines = [[a + 1, b + 1] for a, b in keypoints.lines]
+    return {"id": 1, "name": "person", "supercategory": "person", "keypoints": list(keypoints.names), "skeleton": lines}

@@ -1,0 +1,221 @@
+"""Writes one shard: a tar of `<key>.jpg` and `<key>.json`, equal bytes for equal input. Runs in worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+import orjson
+
+from cigpose.files.archives import DataError, Extent, ExtentReader
+from cigpose.files.jpeg import check_jpeg, decode_strictly, is_jpeg
+from cigpose.shard.intake import BadSamples, Picture
+from cigpose.shard.persons import NO_FRAME
+
+_EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_BLOCK = tarfile.BLOCKSIZE
+_RECORD = tarfile.RECORDSIZE
+
+Pictures = Callable[["ShardJob", ExtentReader], Iterator[tuple["Sample", "bytes | memoryview | DataError | None"]]]
+"""Pictures of a job in order: JPEG bytes, why they cannot be had, or None where there is none by rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture and where its persons lie in the spill file."""
+
+    picture: Picture
+    persons: tuple[tuple[int, int], ...]
+    """(offset, length) of each."""
+    detections: tuple[bytes, ...] | None
+    """JSON of each box; None if the dataset has no detection file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """All that one shard needs; small, and picklable."""
+
+    path: Path
+    samples: tuple[Sample, ...]
+    persons_file: Path
+    jpeg_quality: int
+    verify_images: bool
+
+
+@dataclass(slots=True)
+class ShardStats:
+    """What became of a shard."""
+
+    name: str
+    sha256: str = ""
+    bytes: int = 0
+    images: int = 0
+    persons: int = 0
+    detections: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad: BadSamples = field(default_factory=BadSamples)
+    lost: list[int] = field(default_factory=list)
+    """Ids of images left out, whether by rule or because they are unreadable."""
+
+
+def write_shard(job: ShardJob, pictures: Pictures) -> ShardStats:
+    """Write the shard at `job.path`: to a temporary name first, then renamed. The caller sees to it that it is synced.
+
+    Samples whose picture is unreadable are left out and counted.
+    """
+    cv2.setNumThreads(0)
+    stats = ShardStats(name=job.path.name)
+    part = job.path.with_suffix(".tar.part")
+    with ExtentReader() as reader, job.persons_file.open("rb") as persons, part.open("wb", buffering=0) as file:
+        tar = _TarWriter(file)
+        for sample, data in pictures(job, reader):
+            lost = max(len(sample.persons), 1)
+            if data is None:
+                stats.dropped[NO_FRAME] = stats.dropped.get(NO_FRAME, 0) + len(sample.persons)
+                stats.lost.append(sample.picture.image_id)
+                continue
+            try:
+                if isinstance(data, DataError):
+                    raise data
+                data = _checked(data, sample.picture, job)
+            except DataError as err:
+                picture = sample.picture
+                stats.bad.add(f"image {picture.image_id} ({picture.file_name}): {err}", lost)
+                stats.lost.append(picture.image_id)
+                continue
+            if not sample.persons and not sample.detections:
+                continue
+            tar.add({f"{sample.picture.key}.jpg": data, f"{sample.picture.key}.json": _sample_json(sample, persons)})
+            stats.images += 1
+            stats.persons += len(sample.persons)
+            stats.detections += len(sample.detections or ())
+        stats.bytes, stats.sha256 = tar.close()
+    part.rename(job.path)
+    return stats
+
+
+def read_photographs(
+    job: ShardJob, reader: ExtentReader
+) -> Iterator[tuple[Sample, bytes | memoryview | DataError | None]]:
+    """Pictures that are files or members of an archive."""
+    for sample in job.samples:
+        source = sample.picture.source
+        assert isinstance(source, Extent)
+        try:
+            yield sample, reader.read(source)
+        except DataError as err:
+            yield sample, err
+
+
+def _checked(data: bytes | memoryview, picture: Picture, job: ShardJob) -> bytes | memoryview:
+    """The JPEG as it goes into the shard; other formats are encoded.
+
+    Raises:
+        DataError: it cannot be read, is cut, or has another size than the annotations say.
+    """
+    if is_jpeg(data):
+        size = check_jpeg(data)
+        if job.verify_images:
+            _decode(data)
+    else:
+        image = _decode(data)
+        size = (image.shape[1], image.shape[0])
+        data = encode_jpeg(image, job.jpeg_quality)
+    if size != (picture.width, picture.height):
+        raise DataError(
+            f"the annotations say {picture.width}x{picture.height}, the picture is {size[0]}x{size[1]} (w x h); "
+            "boxes would be clipped wrongly"
+        )
+    return data
+
+
+def _decode(data: bytes | memoryview) -> np.ndarray:
+    image = decode_strictly(data)
+    if image is None:
+        raise DataError(f"not a picture OpenCV can decode: {len(data)} bytes, starting with {bytes(data[:4])!r}")
+    return image
+
+
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """JPEG bytes of a (H, W, 3) BGR uint8 picture."""
+    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done
+    return data.tobytes()
+
+
+def _sample_json(sample: Sample, persons: IO[bytes]) -> bytes:
+    """Keys sorted, no blanks; persons and detections are JSON already."""
+    picture = sample.picture
+    parts: list[bytes] = []
+    if sample.detections is not None:
+        parts.append(b'"detections":[%b]' % b",".join(sample.detections))
+    parts.append(b'"file_name":%b,"height":%d' % (orjson.dumps(picture.file_name), picture.height))
+    parts.append(b'"image_id":%d' % picture.image_id)
+    people = (os.pread(persons.fileno(), length, offset) for offset, length in sample.persons)
+    parts.append(b'"persons":[%b]' % b",".join(people))
+    parts.append(b'"width":%d' % picture.width)
+    return b"{%b}" % b",".join(parts)
+
+
+def _header(name: bytes, size: int) -> bytes:
+    """USTAR header of a file: all but name, size and checksum is constant (tarfile takes 20 times as long)."""
+    assert len(name) <= 100 and size < 8**11
+    header = bytearray(_EMPTY_HEADER)
+    header[: len(name)] = name
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+class _TarWriter:
+    """Members one after another with nothing in the headers but name and size; the digest on the way."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def add(self, members: dict[str, bytes | memoryview]) -> None:
+        """Append members, by name."""
+        pieces: list[bytes | memoryview] = []
+        for name, data in members.items():
+            pieces += (_header(name.encode(), len(data)), data, bytes(-len(data) % _BLOCK))
+        self._write(pieces)
+
+    def close(self) -> tuple[int, str]:
+        """End the archive; returns its size and sha256."""
+        end = 2 * _BLOCK
+        self._write([bytes(end + -(self._size + end) % _RECORD)])
+        return self._size, self._digest.hexdigest()
+
+    def _write(self, pieces: list[bytes | memoryview]) -> None:
+        # One call for a whole sample; a full disk may cut it short, and writing the rest then says so.
+        expected = sum(map(len, pieces))
+        try:
+            written = os.writev(self._file.fileno(), pieces)
+            rest = memoryview(b"".join(pieces))[written:] if written < expected else memoryview(b"")
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError as err:
+            raise OSError(err.errno, f"{err.strerror} after {self._size} bytes", self._file.name) from err
+        for piece in pieces:
+            self._digest.update(piece)
+        self._size += expected
+
+
+def members(path: Path) -> Iterable[tuple[str, bytes]]:
+    """Name and bytes of every member of a shard, in order."""
+    with tarfile.open(path, "r:") as tar:
+        for info in tar:
+            file: Any = tar.extractfile(info) or io.BytesIO()
+            yield info.name, file.read()

@@ -1,0 +1,283 @@
+"""Datasets as webdataset tars: one sample per image, an index beside them. The format is described in docs/shards.md.
+
+<dataset>/<dataset>-00000.tar ...   `<key>.jpg` and `<key>.json` of each image
+<dataset>/annotations.json          ground truth of the whole split, if asked for
+<dataset>/index.json                written last; what it lists is whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cigpose.config import Config, DatasetConfig
+from cigpose.download.manifest import MANIFEST, read_manifest
+from cigpose.files.archives import DataError, list_members, sha256_of, split_spec
+from cigpose.files.atomic import claimed, clear_leftovers, replace_folder, sync, write_json
+from cigpose.progress import progress as show_progress
+from cigpose.shard.formats.coco import read_coco
+from cigpose.shard.formats.crowdpose import read_crowdpose
+from cigpose.shard.formats.ubody import read_frames, read_ubody
+from cigpose.shard.index import FORMAT, INDEX, ShardEntry, ShardIndex, read_index
+from cigpose.shard.intake import Frame, Intake
+from cigpose.shard.jobs import run_jobs
+from cigpose.shard.labels import write_ground_truth
+from cigpose.shard.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs
+
+GROUND_TRUTH = "annotations.json"
+
+_READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Pictures]] = {
+    "coco": (read_coco, read_photographs),
+    "crowdpose": (read_crowdpose, read_photographs),
+    "ubody": (read_ubody, read_frames),
+}
+
+
+def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
+    """Check that every shard and the ground truth are there as the index says, by size and (slower) by sha256.
+
+    Raises:
+        FileNotFoundError: the index, a shard or the ground truth is missing.
+        DataError: one of them differs.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    again = f"Delete {folder} and run `dvc repro shard`."
+    for shard in index.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json lists it. {again}")
+        if (size := path.stat().st_size) != shard.bytes:
+            raise DataError(f"{path}: {size} bytes, index.json says {shard.bytes}. {again}")
+        if digests and (digest := sha256_of(path)) != shard.sha256:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {shard.sha256[:12]}.... {again}")
+    if index.ground_truth is not None:
+        path, wanted = folder / index.ground_truth, index.ground_truth_sha256
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json names it. {again}")
+        if digests and wanted is not None and (digest := sha256_of(path)) != wanted:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {again}")
+    return index
+
+
+def write_dataset(
+    config: Config, key: str, raw_root: Path, out_root: Path, progress: Callable[..., Any] = show_progress
+) -> ShardIndex:
+    """Make the shards of one dataset of params.yaml.
+
+    Everything is written to `<out_root>/<key>.partial`, which becomes `<out_root>/<key>` when it is complete. A run
+    that was killed leaves the partial folder, and the next keeps its finished shards if sources and parameters are the
+    same; one that fails leaves nothing. A dataset is sharded by one process at a time.
+
+    Args:
+        config: the experiment.
+        key: of `config.data.datasets`.
+        raw_root: folder of the raw folders, usually data/raw.
+        out_root: folder of the shard folders, usually data/shards.
+        progress: as `cigpose.progress.progress`.
+
+    Raises:
+        DataError: unknown key, unreadable file, more bad samples than allowed, or no person at all.
+        FileNotFoundError: a raw file is missing.
+        ChildProcessError: a process of several was killed.
+        ClaimedError: another process shards this dataset.
+    """
+    if key not in config.data.datasets:
+        raise DataError(f"data.datasets: no dataset {key!r}. There are: {', '.join(config.data.datasets)}.")
+    if "." in key or "/" in key:
+        raise DataError(f"data.datasets.{key}: a dataset's name must have no dot and no slash; shards are named by it.")
+    dataset = config.data.datasets[key]
+    final, partial = Path(out_root) / key, Path(out_root) / f"{key}.partial"
+    raw = Path(raw_root) / dataset.raw
+    sources = _source_paths(dataset, raw)
+    # Not in out_root: DVC takes its digest, and a lock's content is another every time.
+    lock = Path(out_root).with_name(f".{Path(out_root).name}-{key}.lock")
+    with claimed(lock, f"a sharding of {key}"):
+        clear_leftovers(final)
+        _prepare(partial, _fingerprint(config, key, sources))
+        try:
+            with ThreadPoolExecutor(1) as thread:
+                digests = thread.submit(_digests, raw, sources)
+                index = _write(config, key, raw, partial, digests, progress)
+        except ChildProcessError:
+            raise
+        except (ValueError, OSError):
+            shutil.rmtree(partial, ignore_errors=True)  # the input must change, and then nothing of it can be kept
+            raise
+        replace_folder(partial, final)
+    return index
+
+
+def _write(
+    config: Config, key: str, raw: Path, partial: Path, digests: Future[dict[str, str]], progress: Callable[..., Any]
+) -> ShardIndex:
+    dataset, sharding = config.data.datasets[key], config.data.sharding
+    read, pictures = _READERS[dataset.reader]
+    with Intake(partial, config.keypoint_set, ground_truth=dataset.ground_truth) as intake:
+        read(dataset, raw, intake)
+        intake.settle_categories()
+    total = max(intake.num_annotations, 1)
+    jobs, lost = _plan(config, key, partial, intake)
+    intake.bad.check(total, sharding.max_bad_share, key)
+    if not jobs:
+        raise DataError(
+            f"{key}: no picture with a valid person; dropped: {dict(intake.dropped)}. Is this the right file?"
+        )
+    shards: list[ShardStats] = []
+    synced: list[Future[None]] = []
+    images = sum(len(job.samples) for job in jobs)
+    # One thread waits for the disk while the next shard is made.
+    with ThreadPoolExecutor(1) as disk, progress(total=images, desc=f"shard {key}", unit="image") as bar:
+        for job, stats in run_jobs(jobs, pictures, sharding.processes):
+            shards.append(stats)
+            synced.append(disk.submit(sync, job.path))
+            intake.bad.merge(stats.bad)
+            intake.dropped.update(stats.dropped)
+            intake.bad.check(total, sharding.max_bad_share, key)
+            bar.update(len(job.samples))
+    if dataset.ground_truth:
+        lost.update(image_id for shard in shards for image_id in shard.lost)
+        write_ground_truth(intake, partial / GROUND_TRUTH, lost)
+    for done in synced:
+        done.result()
+    truth = sha256_of(partial / GROUND_TRUTH) if dataset.ground_truth else None
+    index = _index(config, key, intake, shards, digests.result(), truth)
+    _clear(partial, shards)
+    write_json(partial / INDEX, asdict(index), sort_keys=True)
+    return index
+
+
+def _index(
+    config: Config,
+    key: str,
+    intake: Intake,
+    shards: list[ShardStats],
+    digests: dict[str, str],
+    truth_sha256: str | None,
+) -> ShardIndex:
+    filled = [shard for shard in shards if shard.images]
+    if not filled:
+        raise DataError(f"{key}: no picture could be read: {'; '.join(intake.bad.examples) or dict(intake.dropped)}.")
+    columns = ("name", "sha256", "bytes", "images", "persons", "detections")
+    return ShardIndex(
+        format=FORMAT,
+        dataset=key,
+        keypoints=config.keypoint_set.name,
+        num_keypoints=len(config.keypoint_set),
+        images=sum(shard.images for shard in filled),
+        persons=sum(shard.persons for shard in filled),
+        detections=sum(shard.detections for shard in filled),
+        dropped={reason: count for reason, count in sorted(intake.dropped.items()) if count},
+        sources=digests,
+        ground_truth=None if truth_sha256 is None else GROUND_TRUTH,
+        ground_truth_sha256=truth_sha256,
+        shards=tuple(ShardEntry(**{column: getattr(shard, column) for column in columns}) for shard in filled),
+        bad={"count": intake.bad.count, "examples": intake.bad.examples},
+        mended=dict(sorted(intake.mended.items())),
+    )
+
+
+def _plan(config: Config, key: str, partial: Path, intake: Intake) -> tuple[list[ShardJob], set[int]]:
+    """Pictures with a person or a detection, in order, in shards of equal size (within one); ids of missing ones.
+
+    For the ground truth frames without persons come along too: only their clip can tell whether they exist.
+    """
+    sharding = config.data.sharding
+    first, offsets, lengths = intake.persons_by_picture()
+    dataset = config.data.datasets[key]
+    samples: list[Sample] = []
+    peopled: list[int] = []  # those of `samples` that go into a shard
+    missing: set[int] = set()
+    for place, picture in enumerate(intake.pictures):
+        rows = slice(first[place], first[place + 1])
+        persons = tuple(zip(offsets[rows].tolist(), lengths[rows].tolist(), strict=True))
+        boxes = tuple(intake.detections.get(place, ())) if dataset.detections is not None else None
+        if not persons and not boxes and not (dataset.ground_truth and isinstance(picture.source, Frame)):
+            continue
+        if picture.source is None:
+            intake.bad.add(
+                f"image {picture.image_id}: {picture.file_name} is not in {dataset.images}",
+                max(len(persons), 1),
+            )
+            missing.add(picture.image_id)
+            continue
+        if persons or boxes:
+            peopled.append(len(samples))
+        samples.append(Sample(picture=picture, persons=persons, detections=boxes))
+    count = -(-len(peopled) // sharding.images_per_shard)
+    bounds = [0, *(peopled[len(peopled) * i // count] for i in range(1, count)), len(samples)]
+    jobs = [
+        ShardJob(
+            path=partial / f"{key}-{i:05d}.tar",
+            samples=tuple(samples[bounds[i] : bounds[i + 1]]),
+            persons_file=intake.persons_file,
+            jpeg_quality=sharding.jpeg_quality,
+            verify_images=sharding.verify_images,
+        )
+        for i in range(count)
+    ]
+    return jobs, missing
+
+
+def _source_paths(dataset: DatasetConfig, raw: Path) -> dict[str, Path]:
+    specs = (dataset.images, dataset.annotations, dataset.detections, dataset.split_file)
+    names = sorted({split_spec(spec)[0] for spec in specs if spec is not None})
+    for name in names:
+        if not (raw / name).exists():
+            raise FileNotFoundError(
+                f"{raw / name}: not found. Download it (`dvc repro`), or correct it in params.yaml."
+            )
+    return {name: raw / name for name in names}
+
+
+def _digests(raw: Path, sources: dict[str, Path]) -> dict[str, str]:
+    """Sha256 of each source: as recorded by the download for a file not touched since, else computed."""
+    try:
+        known = read_manifest(raw)
+    except ValueError:
+        known = {}  # somebody else's file of that name
+    recorded_at = (raw / MANIFEST).stat().st_mtime_ns if known else 0
+    digests = {}
+    for name, path in sorted(sources.items()):
+        entry, facts = known.get(name), path.stat()
+        untouched = entry is not None and facts.st_size == entry.bytes and facts.st_mtime_ns <= recorded_at
+        digests[name] = entry.sha256 if entry is not None and untouched else sha256_of(path)
+    return digests
+
+
+def _fingerprint(config: Config, key: str, sources: dict[str, Path]) -> str:
+    """What must be equal for shards of an earlier, interrupted run to be kept."""
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "dataset": asdict(config.data.datasets[key]),
+        "sharding": {k: v for k, v in asdict(config.data.sharding).items() if k not in ("processes", "max_bad_share")},
+        "keypoints": dict(config.keypoint_set.annotation_fields),
+    }
+    for name, path in sources.items():
+        files = [extent.path for extent in list_members(path).values()] if path.is_dir() else [str(path)]
+        facts[f"source {name}"] = [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(partial: Path, fingerprint: str) -> None:
+    """An empty partial folder, or that of an interrupted run over the same input."""
+    plan = partial / "plan.json"
+    if not (plan.is_file() and plan.read_text() == json.dumps(fingerprint)):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        plan.write_text(json.dumps(fingerprint))
+
+
+def _clear(partial: Path, shards: list[ShardStats]) -> None:
+    """Remove everything from the partial folder that is not part of the dataset."""
+    keep = {shard.name for shard in shards if shard.images} | {GROUND_TRUTH}
+    for file in partial.iterdir():
+        if file.name not in keep:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()

@@ -1,0 +1,228 @@
+"""Ray: how many workers, where, and what becomes of those that die.
+
+A worker calls `cigpose.train.loop.train` and puts what it is told into a queue; the driver reads the queue. Checkpoints
+are the library's own, so a worker that Ray restarts, and a driver that is started again, go on from the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cigpose.config import ClusterConfig, Config
+from pipelines.training.worker import work
+
+Event = dict[str, Any]
+TUNED = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+}
+"""Set where the user has not: a quicker start, no line printed twice."""
+STARTS_WAITED_FOR = 60
+"""Minutes that a joined cluster has for a lost node to return."""
+COLLECTIVE_TIMEOUT_S = 1800
+"""Longest that workers wait for one another: rank 0 scores a validation meanwhile."""
+
+
+class TrainingError(RuntimeError):
+    """A training that ended without a result; the message is for the user."""
+
+
+def train(config: Config, settings: dict[str, Any], on_event: Callable[[Event], None]) -> dict[str, Any]:
+    """Train on Ray until the run is finished.
+
+    Args:
+        config: the experiment.
+        settings: what workers need besides: `root` (folder of params.yaml), `run_folder`, `checkpoints` (address),
+            `params` (see `influential_params`), `shown_images` (ids of validation images to be drawn); paths are
+            absolute, and the same on every node.
+        on_event: gets what the workers tell (`pipelines.training.worker.Messenger`), in this thread.
+
+    Returns: what `cigpose.train.loop.train` returns on rank 0.
+
+    Raises:
+        TrainingError: it failed for good, in one sentence.
+        SystemExit, KeyboardInterrupt: on SIGTERM, SIGINT; workers are stopped, the checkpoints remain.
+    """
+    for name, value in TUNED.items():
+        os.environ.setdefault(name, value)
+    with _ray(config.train.cluster), _signals():
+        use_gpu = _check_resources(config.train.cluster)
+        # here, beside the driver that reads it: a lost node must not take it along
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        settings = settings | {"config": config.to_mapping(), "mailbox": mailbox}
+        storage = Path(settings["run_folder"]) / f"ray-{uuid.uuid4().hex[:8]}"
+        try:
+            trainer = _trainer(config.train.cluster, settings, storage, use_gpu)
+            return _follow(trainer, mailbox, on_event)
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+
+
+def _trainer(cluster: ClusterConfig, settings: dict[str, Any], storage: Path, use_gpu: bool) -> TorchTrainer:
+    elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
+    return TorchTrainer(
+        work,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cluster.threads_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="workers",
+            storage_path=str(storage),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures,
+                controller_failure_limit=STARTS_WAITED_FOR if os.environ.get("RAY_ADDRESS") else 1,
+            ),
+        ),
+    )
+
+
+def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], None]) -> dict[str, Any]:
+    """Run the trainer in a thread of its own, so that this one hears signals, and hand on what workers tell."""
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["result"] = trainer.fit().return_value
+        except BaseException as err:
+            outcome["error"] = err
+
+    thread = threading.Thread(target=fit, daemon=True, name="ray-train")
+    thread.start()
+    while True:
+        is_over = not thread.is_alive()
+        for event in _drain(mailbox):
+            if event["event"] == "failed":  # another try would fail alike
+                raise TrainingError(event["message"])
+            on_event(event)
+        if is_over:
+            break
+    if "error" in outcome:
+        raise TrainingError(_explain(outcome["error"])) from outcome["error"]
+    return outcome["result"]
+
+
+def _drain(mailbox: Queue) -> Iterator[Event]:
+    """What has arrived, after waiting up to half a second for the first."""
+    with contextlib.suppress(Empty, queue.Empty):
+        yield mailbox.get(timeout=0.5)
+        while True:
+            yield mailbox.get_nowait()
+
+
+def _explain(error: BaseException) -> str:
+    text = str(error)
+    if "startup timed out" in text or "InsufficientClusterResources" in type(error).__name__:
+        return f"Ray could not start the workers: the cluster has {_resources()} now. {text.splitlines()[0]}"
+    if isinstance(error, TrainingFailedError) and ("died" in text or "RayActorError" in text or "OOM" in text):
+        return (
+            "workers died again and again, more often than train.cluster.max_failures allows. Out of memory is the "
+            "usual cause: lower train.batch_total or raise train.accumulate_steps. Ray says: "
+            f"{text.strip().splitlines()[-1]}"
+        )
+    return f"Ray gave up: {text.strip()}"
+
+
+@contextlib.contextmanager
+def _ray(cluster: ClusterConfig) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS, or start one here; leave or stop it at the end."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
+    else:
+        needed = cluster.num_workers * cluster.threads_per_worker + 2
+        options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
+        options["address"] = "local"  # not some other Ray that runs here
+    try:
+        ray.init(**options)
+    except (RayError, ConnectionError, ValueError, RuntimeError) as err:
+        where = f"joined at RAY_ADDRESS={address}" if address else "started"
+        raise TrainingError(f"Ray could not be {where}: {err}") from err
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise TrainingError if nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as err:
+        raise TrainingError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({err}). Start it with `ray start --head`, or unset "
+            "RAY_ADDRESS to train on this machine alone."
+        ) from err
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end this process by an exception, in spite of Ray's handlers and of a shell's `&`."""
+
+    def stop(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: leaving takes seconds
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _check_resources(cluster: ClusterConfig) -> bool:
+    """Whether to train on GPUs; raises TrainingError where the cluster cannot hold the workers."""
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    use_gpu = gpus > 0 if cluster.use_gpu == "auto" else cluster.use_gpu
+    least = cluster.num_workers if cluster.min_workers is None else cluster.min_workers
+    if use_gpu and gpus < least:
+        raise TrainingError(
+            f"train.cluster asks for {least} workers with a GPU each, but the cluster has {_resources()}. Lower "
+            "train.cluster.num_workers, set use_gpu: false, or check the driver (`nvidia-smi`) and CUDA build of torch."
+        )
+    if there.get("CPU", 0) < least * cluster.threads_per_worker:
+        raise TrainingError(
+            f"train.cluster asks for {least} workers x {cluster.threads_per_worker} CPUs, but the cluster has "
+            f"{_resources()}. Lower train.cluster.num_workers or threads_per_worker, or add nodes."
+        )
+    return use_gpu
+
+
+def _resources() -> str:
+    there = ray.cluster_resources()
+    return f"{there.get('CPU', 0):.0f} CPUs and {there.get('GPU', 0):.0f} GPUs"

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from cigpose.cli.main import main
+from cigpose.draw import LEFT, RIGHT
+from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet, open_shards
+
+
+def inspect(*arguments: object) -> int:
+    return main(["shards", "inspect", *map(str, arguments)])
+
+
+def test_inspect_prints_counts_and_writes_a_sheet(
+    tiny_shards: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_shards.write("a", [3, 2], detections=1)
+    sheet = tmp_path / "new" / "sheet.jpg"
+    assert inspect(folder, "--preset", "cigpose-m_coco_256x192", "--sheet", sheet, "--persons", 4) == 0
+    printed = capsys.readouterr().out
+    for text in ("a: 17 keypoints (coco)", "2 shards", "5 images", "9 persons, 1.80 an image", "2 detections"):
+        assert text in printed
+    assert str(sheet) in printed
+    assert cv2.imread(str(sheet)).shape[0] % TILE_HEIGHT == 0
+
+
+def test_inspect_names_what_was_left_out_and_mended(tiny_shards: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_shards.write("a", [1])
+    index = json.loads((folder / "index.json").read_text())
+    index |= {"dropped": {"crowd": 1234}, "mended": {"swapped size": 2}, "bad": {"count": 1, "examples": ["person 7"]}}
+    (folder / "index.json").write_text(json.dumps(index))
+    assert inspect(folder, "--persons", 0) == 0
+    printed = capsys.readouterr().out
+    for text in ("left out: 1,234 crowd", "mended: 2 swapped size", "unreadable: 1, such as person 7"):
+        assert text in printed
+
+
+@pytest.mark.parametrize("num_persons", [1, 5, 100])
+def test_a_sheet_shows_each_person_three_times(tiny_shards: Any, num_persons: int) -> None:
+    folder = tiny_shards.write("a", [4], persons=(2, 1))
+    sheet = contact_sheet(open_shards(str(folder)), tiny_shards.config("a"), num_persons=num_persons)
+    tile = (TILE_HEIGHT, TILE_HEIGHT // 2)  # crops are 32 x 64
+    assert sheet.dtype == np.uint8 and sheet.shape[1] % (3 * tile[1]) == 0
+    cells = (sheet.shape[0] // tile[0]) * (sheet.shape[1] // (3 * tile[1]))
+    assert min(num_persons, 6) <= cells < min(num_persons, 6) + 4
+
+
+def test_keypoints_are_drawn_where_they_are(tiny_shards: Any) -> None:
+    folder = tiny_shards.write("a", [1], persons=(1,))
+    points = np.zeros((17, 3))
+    points[5], points[6] = (60, 40, 2), (30, 40, 2)  # the shoulders; the person's left is on the viewer's right
+    record = tiny_shards._record(np.random.default_rng(0), 0, 1, 0)
+    record["persons"][0] |= {"bbox_xyxy": [20, 10, 70, 70], "keypoints": points.tolist()}
+    white = cv2.imencode(".jpg", np.full((80, 96, 3), 255, np.uint8))[1].tobytes()
+    samples = {"0.jpg": white, "0.json": json.dumps(record, separators=(",", ":")).encode()}
+    tiny_shards.pack(folder / "a-00000.tar", samples)
+    tiny_shards.index(folder, [{"name": "a-00000.tar", "images": 1, "persons": 1, "detections": 0}])
+    sheet = contact_sheet(open_shards(str(folder)), tiny_shards.config("a"), num_persons=1)[:, : TILE_HEIGHT // 2]
+
+    def middle_of(color: tuple[int, int, int]) -> float:
+        return float(np.nonzero((np.abs(sheet.astype(int) - color) < 12).all(axis=2))[1].mean())
+
+    assert middle_of(RIGHT) < TILE_HEIGHT // 4 < middle_of(LEFT)
+
+
+def test_other_seeds_show_other_persons(tiny_shards: Any) -> None:
+    shards = open_shards(str(tiny_shards.write("a", [9, 9])))
+    config = tiny_shards.config("a")
+    first, again, other = (contact_sheet(shards, config, num_persons=3, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere/index.json: not found"),
+        (["{folder}", "--preset", "quickstart"], "17 keypoints (coco), but params.yaml asks for 133"),
+        (["{folder}", "--params", "nowhere.yaml"], "nowhere.yaml: not found"),
+        (["{folder}", "--preset", "nothing"], "preset 'nothing' does not exist"),
+        (
+            ["{folder}", "--preset", "cigpose-m_coco_256x192", "--sheet", "sheet.what"],
+            "sheet.what: not a kind of picture",
+        ),
+    ],
+    ids=["no shards", "other keypoints", "no params", "no preset", "no picture format"],
+)
+def test_mistakes_are_one_sentence(
+    tiny_shards: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    folder = tiny_shards.write("a", [1])
+    monkeypatch.chdir(tmp_path)
+    assert inspect(*(argument.format(folder=folder) for argument in arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dataset_without_persons_has_no_sheet(tiny_shards: Any) -> None:
+    folder = tiny_shards.write("a", [2], persons=(0,), detections=1)
+    with pytest.raises(ValueError, match="holds no persons"):
+        contact_sheet(open_shards(str(folder)), tiny_shards.config("a"), num_persons=2)
