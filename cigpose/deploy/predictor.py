@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from cigpose.config import Config
+from cigpose.crop import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio
 from cigpose.deploy.onnx import OnnxModel
 from cigpose.draw import draw_poses
 from cigpose.evaluate.oks import person_scores
 from cigpose.evaluate.predict import predict_crops
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.files.jpeg import jpeg_size
-from cigpose.loader.augment import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from cigpose.files.archives import DataError, ExtentReader, list_members, list_zip
+from cigpose.files.archives import ExtentReader, list_members, list_zip
+from cigpose.files.errors import DataError
 from cigpose.files.jsonstream import split_arrays
 
 _CHUNK = 1 << 20

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from cigpose.codec import decode
+from cigpose.crop import crop_to_image
 from cigpose.evaluate.predictions import FIELDS, Predictions
 from cigpose.keypoints import KeypointSet
-from cigpose.loader.augment import crop_to_image
 from cigpose.model.estimator import forward_flip_test, normalize
 
 __all__ = ["Predictions", "predict", "predict_crops"]

@@ -6,7 +6,6 @@ be read in any order by any process. An archive with a member that points outsid
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import struct
@@ -20,6 +19,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
+from cigpose.files.errors import DataError
+
 _COPY_CHUNK = 4 << 20
 _LARGEST_PICTURE = 1 << 30
 """Bytes of a member that is read at once."""
@@ -28,10 +29,6 @@ _LARGEST_RATIO = 200
 """Bytes that one deflated byte may become; text of numbers becomes 3 to 20, a bomb 1000."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HEADER_SLACK = 256
-
-
-class DataError(ValueError):
-    """Raw data that cannot be used; the message says where, what, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,14 +390,3 @@ class MemberLookup:
             return self._members[name]
         full = self._shorter.get(name)
         return self._members[full] if full else None
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file; of a folder, that of the lines `<sha256>  <name>` of its files, sorted by name."""
-    if path.is_dir():
-        digest = hashlib.sha256()
-        for name, extent in _list_folder(path).items():
-            digest.update(f"{sha256_of(Path(extent.path))}  {name}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

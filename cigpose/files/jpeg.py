@@ -14,7 +14,7 @@ from contextlib import suppress
 import cv2
 import numpy as np
 
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})

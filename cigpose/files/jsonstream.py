@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 
 _CHUNK = 4 << 20
 _LARGEST_ELEMENT = 256 << 20

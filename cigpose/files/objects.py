@@ -22,7 +22,7 @@ import requests
 import tenacity
 import urllib3
 
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 
 CHUNK = 1 << 20
 ATTEMPTS = 5

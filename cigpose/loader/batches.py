@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cigpose.config import Config, LoaderConfig
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.loader.crops import CropMaker, Crops, Picture
 from cigpose.loader.plan import RankPlan, Segment, eval_plan, picture_rng, train_plan
 from cigpose.loader.shards import ShardSet, ShardTable

@@ -12,17 +12,9 @@ import cv2
 import numpy as np
 
 from cigpose.config import AugmentationStage, Config
-from cigpose.files.archives import DataError
-from cigpose.loader.augment import (
-    Person,
-    PixelAugmentation,
-    augment_person,
-    box_to_center_scale,
-    crop_image,
-    fix_aspect_ratio,
-    person_matrix,
-    transform_points,
-)
+from cigpose.crop import box_to_center_scale, crop_image, fix_aspect_ratio, transform_points
+from cigpose.files.errors import DataError
+from cigpose.loader.augment import Person, PixelAugmentation, augment_person, person_matrix
 from cigpose.loader.shards import AGAIN, ShardFiles
 
 _REDUCED = {

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from cigpose.files.archives import DataError, Extent, list_members, sha256_of
+from cigpose.files.archives import Extent, list_members
+from cigpose.files.digest import sha256_of
+from cigpose.files.errors import DataError
 from cigpose.files.objects import LARGEST_TRUTH, cached_shard, is_remote, read_remote
 from cigpose.loader.plan import ShardCount
 from cigpose.shard.index import INDEX, LARGEST_INDEX, ShardEntry, ShardIndex, parse_index, read_index

@@ -9,7 +9,7 @@ import numpy as np
 
 from cigpose.config import Config
 from cigpose.draw import draw_poses, label_picture
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.files.objects import is_remote
 from cigpose.loader.crops import CropMaker, Picture
 from cigpose.loader.shards import ShardSet

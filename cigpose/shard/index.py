@@ -11,7 +11,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cigpose.files.archives import DataError
+from cigpose.files.digest import sha256_of
+from cigpose.files.errors import DataError
 
 FORMAT = 2
 _READABLE = (1, FORMAT)
@@ -204,3 +205,30 @@ def read_index(folder: Path) -> ShardIndex:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found. `python -m pipelines.shard KEY` makes the shards.")
     return parse_index(path.read_bytes(), str(path))
+
+
+def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
+    """Check that every shard and the ground truth are there as the index says, by size and (slower) by sha256.
+
+    Raises:
+        FileNotFoundError: the index, a shard or the ground truth is missing.
+        DataError: one of them differs.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    again = f"Delete {folder} and run `dvc repro shard`."
+    for shard in index.shards:
+        path = folder / shard.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json lists it. {again}")
+        if (size := path.stat().st_size) != shard.bytes:
+            raise DataError(f"{path}: {size} bytes, index.json says {shard.bytes}. {again}")
+        if digests and (digest := sha256_of(path)) != shard.sha256:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {shard.sha256[:12]}.... {again}")
+    if index.ground_truth is not None:
+        path, wanted = folder / index.ground_truth, index.ground_truth_sha256
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found, but index.json names it. {again}")
+        if digests and wanted is not None and (digest := sha256_of(path)) != wanted:
+            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {again}")
+    return index

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from cigpose.files.archives import DataError, Extent
+from cigpose.files.archives import Extent
+from cigpose.files.errors import DataError
 from cigpose.keypoints import KeypointSet
 from cigpose.shard.persons import (
     OTHER_PERSON_CATEGORY,

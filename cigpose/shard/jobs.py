@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from cigpose.files.archives import Extent, sha256_of
+from cigpose.files.archives import Extent
 from cigpose.files.atomic import write_json
+from cigpose.files.digest import sha256_of
 from cigpose.pool import map_in_processes
 from cigpose.shard.intake import BadSamples
 from cigpose.shard.tars import Pictures, ShardJob, ShardStats, write_shard

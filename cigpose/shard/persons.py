@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.keypoints import KeypointSet
 
 CROWD = "crowd"

@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 import orjson
 
-from cigpose.files.archives import DataError, Extent, ExtentReader
+from cigpose.files.archives import Extent, ExtentReader
+from cigpose.files.errors import DataError
 from cigpose.files.jpeg import check_jpeg, decode_strictly, is_jpeg
 from cigpose.shard.intake import BadSamples, Picture
 from cigpose.shard.persons import NO_FRAME

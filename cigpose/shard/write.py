@@ -19,13 +19,15 @@ from typing import Any
 
 from cigpose.config import Config, DatasetConfig
 from cigpose.download.manifest import MANIFEST, read_manifest
-from cigpose.files.archives import DataError, list_members, sha256_of, split_spec
+from cigpose.files.archives import list_members, split_spec
 from cigpose.files.atomic import claimed, clear_leftovers, replace_folder, sync, write_json
+from cigpose.files.digest import sha256_of
+from cigpose.files.errors import DataError
 from cigpose.progress import progress as show_progress
 from cigpose.shard.formats.coco import read_coco
 from cigpose.shard.formats.crowdpose import read_crowdpose
 from cigpose.shard.formats.ubody import read_frames, read_ubody
-from cigpose.shard.index import FORMAT, INDEX, ShardEntry, ShardIndex, read_index
+from cigpose.shard.index import FORMAT, INDEX, ShardEntry, ShardIndex
 from cigpose.shard.intake import Frame, Intake
 from cigpose.shard.jobs import run_jobs
 from cigpose.shard.labels import write_ground_truth
@@ -38,33 +40,6 @@ _READERS: dict[str, tuple[Callable[[DatasetConfig, Path, Intake], None], Picture
     "crowdpose": (read_crowdpose, read_photographs),
     "ubody": (read_ubody, read_frames),
 }
-
-
-def verify(folder: Path, *, digests: bool = True) -> ShardIndex:
-    """Check that every shard and the ground truth are there as the index says, by size and (slower) by sha256.
-
-    Raises:
-        FileNotFoundError: the index, a shard or the ground truth is missing.
-        DataError: one of them differs.
-    """
-    folder = Path(folder)
-    index = read_index(folder)
-    again = f"Delete {folder} and run `dvc repro shard`."
-    for shard in index.shards:
-        path = folder / shard.name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found, but index.json lists it. {again}")
-        if (size := path.stat().st_size) != shard.bytes:
-            raise DataError(f"{path}: {size} bytes, index.json says {shard.bytes}. {again}")
-        if digests and (digest := sha256_of(path)) != shard.sha256:
-            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {shard.sha256[:12]}.... {again}")
-    if index.ground_truth is not None:
-        path, wanted = folder / index.ground_truth, index.ground_truth_sha256
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found, but index.json names it. {again}")
-        if digests and wanted is not None and (digest := sha256_of(path)) != wanted:
-            raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {again}")
-    return index
 
 
 def write_dataset(

@@ -35,13 +35,12 @@ import numpy as np
 import torch
 
 from cigpose.config import Config, DatasetConfig, RenderConfig, load_preset
+from cigpose.crop import box_to_center_scale, crop_image
 from cigpose.loader.augment import (
     MIN_VISIBLE_FOR_HALF_BODY,
     PREFER_UPPER_BODY,
     Person,
     PixelAugmentation,
-    box_to_center_scale,
-    crop_image,
     draw_box_change,
     draw_hsv_gains,
     half_body,

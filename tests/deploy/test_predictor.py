@@ -86,8 +86,8 @@ def test_box_scores_weigh_the_persons(model: PoseEstimator, config: Config, pict
 
 
 def test_the_predictor_agrees_with_the_evaluation(model: PoseEstimator, config: Config, picture: np.ndarray) -> None:
+    from cigpose.crop import box_to_center_scale, crop_image, crop_matrix, fix_aspect_ratio
     from cigpose.evaluate.predict import predict
-    from cigpose.loader.augment import box_to_center_scale, crop_image, crop_matrix, fix_aspect_ratio
 
     center, scale = box_to_center_scale(np.array(BOXES), config.augmentation.box_padding)
     scale = fix_aspect_ratio(scale, (64, 96))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from cigpose.crop import crop_to_image
 from cigpose.evaluate.predict import predict, predict_crops
 from cigpose.evaluate.predictions import FIELDS, Predictions
 from cigpose.keypoints import COCO
-from cigpose.loader.augment import crop_to_image
 
 
 class Fixed(nn.Module):

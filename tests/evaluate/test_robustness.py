@@ -10,8 +10,9 @@ import torch
 from cigpose.config import EvaluateConfig
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import load_ground_truth
+from cigpose.evaluate.paired import compare_paired, paired_table
 from cigpose.evaluate.predictions import Predictions
-from cigpose.evaluate.robustness import CORRUPTIONS, CorruptionTable, compare_paired, corrupted, paired_table
+from cigpose.evaluate.robustness import CORRUPTIONS, CorruptionTable, corrupted
 from cigpose.keypoints import COCO
 
 
@@ -108,7 +109,7 @@ def test_images_drawn_twice_count_twice() -> None:
     again = dataclasses.replace(again, image_id=np.full(len(again), 99))
     twice = Predictions.concatenate([predictions, again])
     from cigpose.evaluate.coco import run_part, score_persons
-    from cigpose.evaluate.robustness import _Matches
+    from cigpose.evaluate.paired import _Matches
 
     labels = load_ground_truth(truth, COCO)
     run = run_part(score_persons(predictions, labels, COCO, EvaluateConfig()), labels, COCO, range(17))

@@ -13,16 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cigpose.files import archives
-from cigpose.files.archives import (
-    DataError,
-    Extent,
-    ExtentReader,
-    MemberLookup,
-    list_members,
-    open_spec,
-    sha256_of,
-    split_spec,
-)
+from cigpose.files.archives import Extent, ExtentReader, MemberLookup, list_members, open_spec, split_spec
+from cigpose.files.digest import sha256_of
+from cigpose.files.errors import DataError
 
 
 def make_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.files.jpeg import check_jpeg, decode_strictly, is_jpeg, jpeg_size
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cigpose.files import jsonstream
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.files.jsonstream import LIST, parse_element, split_arrays
 
 # Everything that a scan for brackets could stumble over: quotes, escapes and brackets inside strings.

@@ -10,25 +10,20 @@ import numpy as np
 import pytest
 
 from cigpose.config import AugmentationStage
+from cigpose.crop import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio, transform_points
 from cigpose.keypoints import COCO, COCO_WHOLEBODY
 from cigpose.loader.augment import (
     Person,
     PixelAugmentation,
     augment_person,
-    box_to_center_scale,
     change_box,
     change_hsv,
-    crop_image,
-    crop_matrix,
-    crop_to_image,
     draw_box_change,
     draw_hsv_gains,
-    fix_aspect_ratio,
     flip,
     half_body,
     person_matrix,
     random_half_body,
-    transform_points,
 )
 
 SIZES = {"256x192": (192, 256), "384x288": (288, 384)}

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from cigpose.config import Config
+from cigpose.crop import crop_image, crop_matrix, crop_to_image
 from cigpose.files import objects as remote
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.loader import crops as crops_module
 from cigpose.loader import shards as shardset
-from cigpose.loader.augment import crop_image, crop_matrix, crop_to_image
 from cigpose.loader.batches import eval_loader, train_loader
 from cigpose.loader.crops import Picture, reduced_matrix
 

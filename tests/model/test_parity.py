@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cigpose.loader.augment import crop_to_image
+from cigpose.crop import crop_to_image
 from cigpose.model.estimator import build_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

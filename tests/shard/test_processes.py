@@ -23,7 +23,7 @@ import yaml
 from cigpose.config import load_params
 from cigpose.files.atomic import claimed
 from cigpose.render import render_dataset
-from cigpose.shard.write import verify
+from cigpose.shard.index import verify
 
 KEYPOINTS = {"name": "stick", "names": ["head", "foot"], "sigmas": [0.05, 0.05]}
 OWN = {"keypoints": KEYPOINTS, "images": "images.zip", "annotations": "annotations.json"}

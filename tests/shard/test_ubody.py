@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cigpose.files.archives import DataError
+from cigpose.files.errors import DataError
 from cigpose.shard.formats.ubody import extract_frames, num_extracted, source_frame, video_name
 
 DRIVE = "drive.google.com/file/d"

@@ -20,8 +20,8 @@ import yaml
 from cigpose.shard import jobs as shard_jobs
 from cigpose.shard import tars
 from cigpose.shard import write as shards
-from cigpose.shard.index import ShardIndex, parse_index, read_index
-from cigpose.shard.write import verify, write_dataset
+from cigpose.shard.index import ShardIndex, parse_index, read_index, verify
+from cigpose.shard.write import write_dataset
 
 KEYPOINTS = {"name": "stick", "names": ["head", "foot"], "sigmas": [0.05, 0.05]}
 OWN = {"keypoints": KEYPOINTS, "images": "images.zip", "annotations": "annotations.json"}

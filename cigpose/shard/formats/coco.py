@@ -9,7 +9,8 @@ from typing import Any
 import orjson
 
 from cigpose.config import DatasetConfig
-from cigpose.files.archives import DataError, Extent, MemberLookup, list_members, open_spec, split_spec
+from cigpose.files.archives import Extent, MemberLookup, list_members, open_spec, split_spec
+from cigpose.files.errors import DataError
 from cigpose.files.jsonstream import LIST, parse_element, split_arrays
 from cigpose.shard.intake import Intake, Picture
 from cigpose.shard.persons import is_id, shown

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cigpose.config import DatasetConfig
-from cigpose.files.archives import DataError, Extent, ExtentReader
+from cigpose.files.archives import Extent, ExtentReader
+from cigpose.files.errors import DataError
 from cigpose.files.jpeg import jpeg_size
 from cigpose.shard.formats.coco import read_coco
 from cigpose.shard.intake import Intake

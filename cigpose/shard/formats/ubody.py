@@ -24,15 +24,8 @@ import numpy as np
 import orjson
 
 from cigpose.config import DatasetConfig
-from cigpose.files.archives import (
-    DataError,
-    Extent,
-    ExtentReader,
-    MemberLookup,
-    find_member,
-    list_members,
-    open_spec,
-)
+from cigpose.files.archives import Extent, ExtentReader, MemberLookup, find_member, list_members, open_spec
+from cigpose.files.errors import DataError
 from cigpose.files.jsonstream import parse_element, split_arrays
 from cigpose.shard.intake import Frame, Intake, Picture
 from cigpose.shard.persons import NOT_FIRST, is_id, shown
