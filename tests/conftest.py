@@ -17,6 +17,7 @@ os.environ.setdefault("CIGPOSE_NO_PROGRESS", "1")
 # A test run in a shell's background ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["scripted_host", "sharder", "tiny_shards"]  # fixtures of several rooms; in tests/support
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -59,6 +60,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def mirror_folder(shared: Path) -> Path:
+    """A few MB that look like the hosts of the datasets, good files and broken ones."""
+    return shared / "mirror"
 
 
 @contextmanager

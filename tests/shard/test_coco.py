@@ -43,12 +43,12 @@ EMPTY = {"images": [], "annotations": [], "categories": []}
 
 
 @pytest.fixture
-def raw(tmp_path: Path, mirror: Path) -> Path:
+def raw(tmp_path: Path, mirror_folder: Path) -> Path:
     """A raw folder of one's own: val2017.zip and the whole-body annotations."""
     folder = tmp_path / "raw"
     folder.mkdir()
-    shutil.copy(mirror / VAL["images"], folder / "images.zip")
-    shutil.copy(mirror / VAL["annotations"], folder / "annotations.json")
+    shutil.copy(mirror_folder / VAL["images"], folder / "images.zip")
+    shutil.copy(mirror_folder / VAL["annotations"], folder / "annotations.json")
     return folder
 
 
@@ -63,10 +63,10 @@ OWN = {"images": "images.zip", "annotations": "annotations.json"}
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_counts_are_those_of_the_original_datasets(split: str, mirror: Path, sharder: Any) -> None:
-    expected = json.loads((mirror / "expected.json").read_text())
+def test_counts_are_those_of_the_original_datasets(split: str, mirror_folder: Path, sharder: Any) -> None:
+    expected = json.loads((mirror_folder / "expected.json").read_text())
     keypoints, dataset = SPLITS[split]
-    index = sharder(mirror, keypoints=keypoints, ground_truth=True, **dataset)
+    index = sharder(mirror_folder, keypoints=keypoints, ground_truth=True, **dataset)
     name = split.split()[1]
     counts = expected["coco_wholebody"][name]
     assert index.persons == counts["valid"]
@@ -81,14 +81,14 @@ def test_counts_are_those_of_the_original_datasets(split: str, mirror: Path, sha
     ("keypoints", "golden_name"), [("coco", "parsed_coco"), ("coco_wholebody", "parsed_coco_wholebody")]
 )
 def test_persons_equal_those_the_original_code_parses(
-    keypoints: str, golden_name: str, mirror: Path, golden: Path, sharder: Any
+    keypoints: str, golden_name: str, mirror_folder: Path, golden: Path, sharder: Any
 ) -> None:
     reference = np.load(golden / "transforms" / f"{golden_name}.npz")
     found = 0
     for name, (known, dataset) in SPLITS.items():
         if known != keypoints:
             continue
-        sharder(mirror, keypoints=keypoints, **dataset)
+        sharder(mirror_folder, keypoints=keypoints, **dataset)
         for row, identity in enumerate(reference["ann_id"]):
             person = sharder.persons().get(int(identity))
             if person is None:
@@ -105,46 +105,46 @@ def test_persons_equal_those_the_original_code_parses(
     assert found == len(reference["ann_id"]) == 12
 
 
-def test_fractional_visibilities_stay_as_they_are(mirror: Path, sharder: Any) -> None:
-    sharder(mirror, **TRAIN)
+def test_fractional_visibilities_stay_as_they_are(mirror_folder: Path, sharder: Any) -> None:
+    sharder(mirror_folder, **TRAIN)
     visibility = np.array(sharder.persons()[198196]["keypoints"])[91:112, 2]
     assert ((visibility > 0) & (visibility < 1)).any()
 
 
-def test_detections_are_kept_whole_and_only_where_there_is_a_file(mirror: Path, sharder: Any) -> None:
-    boxes = json.loads((mirror / DETECTIONS).read_text())
-    index = sharder(mirror, detections=DETECTIONS, **VAL)
+def test_detections_are_kept_whole_and_only_where_there_is_a_file(mirror_folder: Path, sharder: Any) -> None:
+    boxes = json.loads((mirror_folder / DETECTIONS).read_text())
+    index = sharder(mirror_folder, detections=DETECTIONS, **VAL)
     (sample,) = sharder.samples().values()
     assert index.detections == len(sample["detections"]) == 33
     x, y, w, h = boxes[0]["bbox"]
     assert sample["detections"][0] == {"bbox_xyxy": [x, y, x + w, y + h], "score": boxes[0]["score"]}
-    sharder(mirror, **VAL)
+    sharder(mirror_folder, **VAL)
     assert all("detections" not in sample for sample in sharder.samples().values())
 
 
-def test_ground_truth_keeps_every_field_and_the_crowd(mirror: Path, sharder: Any) -> None:
-    sharder(mirror, ground_truth=True, **TRAIN)
-    source = json.loads((mirror / TRAIN["annotations"]).read_text())
+def test_ground_truth_keeps_every_field_and_the_crowd(mirror_folder: Path, sharder: Any) -> None:
+    sharder(mirror_folder, ground_truth=True, **TRAIN)
+    source = json.loads((mirror_folder / TRAIN["annotations"]).read_text())
     truth = COCO(str(sharder.folder / "annotations.json")).dataset
     for table in ("images", "annotations", "categories"):
         assert truth[table] == source[table]
 
 
-def test_pictures_keep_their_bytes(mirror: Path, sharder: Any) -> None:
-    sharder(mirror, **VAL)
-    with zipfile.ZipFile(mirror / VAL["images"]) as archive:
+def test_pictures_keep_their_bytes(mirror_folder: Path, sharder: Any) -> None:
+    sharder(mirror_folder, **VAL)
+    with zipfile.ZipFile(mirror_folder / VAL["images"]) as archive:
         assert sharder.files()["000000196141.jpg"] == archive.read("val2017/000000196141.jpg")
 
 
 @pytest.mark.parametrize("packing", ["deflated", "other order", "flat", "folder", "tar"])
 def test_shards_do_not_depend_on_how_the_pictures_are_packed(
-    packing: str, mirror: Path, sharder: Any, tmp_path: Path
+    packing: str, mirror_folder: Path, sharder: Any, tmp_path: Path
 ) -> None:
-    expected = sharder(mirror, **TRAIN).shards[0].sha256
+    expected = sharder(mirror_folder, **TRAIN).shards[0].sha256
     raw = tmp_path / "raw"
     raw.mkdir()
-    shutil.copy(mirror / TRAIN["annotations"], raw / "annotations.json")
-    with zipfile.ZipFile(mirror / TRAIN["images"]) as archive:
+    shutil.copy(mirror_folder / TRAIN["annotations"], raw / "annotations.json")
+    with zipfile.ZipFile(mirror_folder / TRAIN["images"]) as archive:
         files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
     images = "images.zip"
     if packing in ("folder", "tar"):
@@ -239,13 +239,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_one_clear_sentence_and_leaves_no_dataset(
-    case: str, raw: Path, mirror: Path, sharder: Any
+    case: str, raw: Path, mirror_folder: Path, sharder: Any
 ) -> None:
     images, annotations, sentence = BROKEN[case]
     if images:
-        shutil.copy(mirror / "bad" / images, raw / "images.zip")
+        shutil.copy(mirror_folder / "bad" / images, raw / "images.zip")
     if annotations:
-        shutil.copy(mirror / "bad" / annotations, raw / "annotations.json")
+        shutil.copy(mirror_folder / "bad" / annotations, raw / "annotations.json")
     with pytest.raises(ValueError) as error:
         sharder(raw, **OWN)
     message = str(error.value)
@@ -264,9 +264,9 @@ def test_a_broken_file_is_one_clear_sentence_and_leaves_no_dataset(
     ],
 )
 def test_a_share_of_bad_samples_may_be_tolerated_and_is_reported(
-    annotations: str, persons: int, bad: int, raw: Path, mirror: Path, sharder: Any
+    annotations: str, persons: int, bad: int, raw: Path, mirror_folder: Path, sharder: Any
 ) -> None:
-    shutil.copy(mirror / "bad" / annotations, raw / "annotations.json")
+    shutil.copy(mirror_folder / "bad" / annotations, raw / "annotations.json")
     index = sharder(raw, sharding={"max_bad_share": 0.4}, ground_truth=True, **OWN)
     assert index.persons == persons
     assert index.bad["count"] == bad == len(index.bad["examples"])

@@ -22,8 +22,10 @@ SCENES = ("Magic_show", "Speech")
 
 
 @pytest.fixture
-def ubody(sharder: Any, mirror: Path) -> Any:
-    def shard(raw: Path = mirror, scenes: tuple[str, ...] = SCENES, *, split: str = "train", **options: Any) -> Any:
+def ubody(sharder: Any, mirror_folder: Path) -> Any:
+    def shard(
+        raw: Path = mirror_folder, scenes: tuple[str, ...] = SCENES, *, split: str = "train", **options: Any
+    ) -> Any:
         files = {"images": VIDEOS, "annotations": ANNOTATIONS, "split_file": SPLIT.format("intra")}
         return sharder(raw, reader="ubody", scenes=scenes, split=split, **(files | options))
 
@@ -39,9 +41,9 @@ def _counts(sharder: Any, index: Any) -> dict[str, int]:
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("first_only", [False, True], ids=["every person", "first person only"])
 def test_counts_are_those_expected_of_the_intra_scene_split(
-    scene: str, interval: int, first_only: bool, mirror: Path, ubody: Any, sharder: Any
+    scene: str, interval: int, first_only: bool, mirror_folder: Path, ubody: Any, sharder: Any
 ) -> None:
-    expected = json.loads((mirror / "expected.json").read_text())["ubody"]["intra_scene"]
+    expected = json.loads((mirror_folder / "expected.json").read_text())["ubody"]["intra_scene"]
     rule = "reference" if first_only else "every_person_kept"
     counts = expected[f"{rule}_train_interval_{interval}"][scene]
     index = ubody(
@@ -59,9 +61,9 @@ SMALL = {"images_per_shard": 40}
     [("intra", "Magic_show", "val"), ("inter", "Magic_show", "train"), ("inter", "Speech", "val")],
 )
 def test_sides_of_the_splits_are_those_of_the_converter(
-    split_file: str, scene: str, split: str, mirror: Path, ubody: Any, sharder: Any
+    split_file: str, scene: str, split: str, mirror_folder: Path, ubody: Any, sharder: Any
 ) -> None:
-    expected = json.loads((mirror / "expected.json").read_text())["ubody"][f"{split_file}_scene"]
+    expected = json.loads((mirror_folder / "expected.json").read_text())["ubody"][f"{split_file}_scene"]
     index = ubody(
         scenes=(scene,),
         split=split,
@@ -88,8 +90,8 @@ def test_ids_and_keys_are_unique_over_scenes(ubody: Any, sharder: Any) -> None:
     assert truth["categories"][0]["name"] == "person"
 
 
-def test_frames_of_a_25_fps_clip_are_those_of_the_30_fps_extraction(mirror: Path) -> None:
-    expected = json.loads((mirror / "expected.json").read_text())["ubody"]
+def test_frames_of_a_25_fps_clip_are_those_of_the_30_fps_extraction(mirror_folder: Path) -> None:
+    expected = json.loads((mirror_folder / "expected.json").read_text())["ubody"]
     frames = expected["source_frame_of_extracted_frame"]["Speech_S2_Trim2"]
     assert [source_frame(i, Fraction(25)) for i in range(60)] == frames
     assert num_extracted(50, Fraction(25)) == 60 == expected["frames_after_30fps_extraction"]["Speech_S2_Trim2"]
@@ -97,9 +99,9 @@ def test_frames_of_a_25_fps_clip_are_those_of_the_30_fps_extraction(mirror: Path
     assert [source_frame(i, Fraction(60)) for i in range(3)] == [0, 2, 4]
 
 
-def test_pictures_show_the_frames_they_are_named_after(mirror: Path, tmp_path: Path) -> None:
-    path = _unpack(mirror, "videos/Speech/Speech_S2_Trim2/Speech_S2_Trim2.mp4", tmp_path)
-    expected = json.loads((mirror / "expected.json").read_text())["ubody"]["source_frame_of_extracted_frame"]
+def test_pictures_show_the_frames_they_are_named_after(mirror_folder: Path, tmp_path: Path) -> None:
+    path = _unpack(mirror_folder, "videos/Speech/Speech_S2_Trim2/Speech_S2_Trim2.mp4", tmp_path)
+    expected = json.loads((mirror_folder / "expected.json").read_text())["ubody"]["source_frame_of_extracted_frame"]
     capture = cv2.VideoCapture(str(path))
     source = [capture.read()[1] for _ in range(50)]
     wanted = [2, 3, 31, 58, 59, 60]
@@ -113,9 +115,9 @@ def test_pictures_show_the_frames_they_are_named_after(mirror: Path, tmp_path: P
 
 
 def test_pictures_of_a_clip_may_be_listed_in_any_order_and_twice(
-    mirror: Path, tmp_path: Path, ubody: Any, sharder: Any
+    mirror_folder: Path, tmp_path: Path, ubody: Any, sharder: Any
 ) -> None:
-    with zipfile.ZipFile(mirror / ANNOTATIONS) as archive:
+    with zipfile.ZipFile(mirror_folder / ANNOTATIONS) as archive:
         values = json.loads(archive.read("annotations/Magic_show/keypoint_annotation.json"))
     ubody(scenes=("Magic_show",), frame_interval=10)
     expected = sharder.files()
@@ -125,7 +127,7 @@ def test_pictures_of_a_clip_may_be_listed_in_any_order_and_twice(
     folder = tmp_path / "annotations" / "Magic_show"
     folder.mkdir(parents=True)
     (folder / "keypoint_annotation.json").write_text(json.dumps(values))
-    shutil.copy(mirror / VIDEOS, tmp_path / "videos.zip")
+    shutil.copy(mirror_folder / VIDEOS, tmp_path / "videos.zip")
     ubody(
         tmp_path,
         ("Magic_show",),
@@ -141,10 +143,10 @@ def test_pictures_of_a_clip_may_be_listed_in_any_order_and_twice(
     assert all(found[name] == data for name, data in expected.items() if name.endswith(".jpg"))
 
 
-def test_a_cut_clip_is_noticed(mirror: Path) -> None:
+def test_a_cut_clip_is_noticed(mirror_folder: Path) -> None:
     with pytest.raises(DataError, match=r"cut_Speech_S1_Trim1.mp4: cannot be opened as a video"):
-        list(extract_frames(mirror / "bad" / "cut_Speech_S1_Trim1.mp4", [0], 95))
-    frames = dict(extract_frames(mirror / "bad" / "cut_faststart_Speech_S1_Trim1.mp4", [60, 0, 20, 50], 95))
+        list(extract_frames(mirror_folder / "bad" / "cut_Speech_S1_Trim1.mp4", [0], 95))
+    frames = dict(extract_frames(mirror_folder / "bad" / "cut_faststart_Speech_S1_Trim1.mp4", [60, 0, 20, 50], 95))
     assert isinstance(frames[0], bytes)
     assert isinstance(frames[20], bytes)
     assert isinstance(frames[50], DataError)
@@ -161,18 +163,18 @@ def test_a_cut_clip_is_noticed(mirror: Path) -> None:
     ],
 )
 def test_a_broken_clip_is_one_clear_sentence_unless_tolerated(
-    bad: str | None, sentence: str, mirror: Path, tmp_path: Path, ubody: Any, sharder: Any
+    bad: str | None, sentence: str, mirror_folder: Path, tmp_path: Path, ubody: Any, sharder: Any
 ) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    shutil.copy(mirror / ANNOTATIONS, raw / "annotations.zip")
+    shutil.copy(mirror_folder / ANNOTATIONS, raw / "annotations.zip")
     name = "videos/Speech/Speech_S1_Trim1/Speech_S1_Trim1.mp4"
-    with zipfile.ZipFile(mirror / VIDEOS) as old, zipfile.ZipFile(raw / "videos.zip", "w") as new:
+    with zipfile.ZipFile(mirror_folder / VIDEOS) as old, zipfile.ZipFile(raw / "videos.zip", "w") as new:
         for member in old.namelist():
             if member != name:
                 new.writestr(member, old.read(member))
         if bad:
-            new.write(mirror / "bad" / bad, name)
+            new.write(mirror_folder / "bad" / bad, name)
     files = {"images": "videos.zip", "annotations": "annotations.zip", "split_file": None, "split": None}
     options = {"scenes": ("Speech",), "frame_interval": 10, **files}
     with pytest.raises(ValueError, match=sentence) as error:
@@ -199,10 +201,12 @@ def test_params_that_do_not_fit_the_files_are_refused(options: dict[str, Any], s
         ubody(**options)
 
 
-def test_annotations_and_clips_may_lie_in_folders(mirror: Path, tmp_path: Path, ubody: Any, sharder: Any) -> None:
+def test_annotations_and_clips_may_lie_in_folders(
+    mirror_folder: Path, tmp_path: Path, ubody: Any, sharder: Any
+) -> None:
     expected = ubody(frame_interval=10).shards
     for spec in (VIDEOS, ANNOTATIONS, SPLIT.format("intra").split(":")[0]):
-        with zipfile.ZipFile(mirror / spec) as archive:
+        with zipfile.ZipFile(mirror_folder / spec) as archive:
             archive.extractall(tmp_path / "UBody")
     index = ubody(
         tmp_path / "UBody",
@@ -227,6 +231,6 @@ def test_the_video_of_a_frame_is_its_folder_up_to_trim(file_name: str, video: st
     assert video_name(file_name) == video
 
 
-def _unpack(mirror: Path, member: str, folder: Path) -> Path:
-    with zipfile.ZipFile(mirror / VIDEOS) as archive:
+def _unpack(mirror_folder: Path, member: str, folder: Path) -> Path:
+    with zipfile.ZipFile(mirror_folder / VIDEOS) as archive:
         return Path(archive.extract(member, folder))
