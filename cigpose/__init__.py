@@ -10,7 +10,6 @@ Nothing heavy is imported until it is used.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from cigpose.config import Config, load_params, load_preset, presets
@@ -22,17 +21,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "build_model", "codec", "load_checkpoint", "load_params", "load_preset", "presets"]
 
-# These import torch, which takes longer than printing a preset.
-_LAZY = {"build_model": "cigpose.model.estimator", "load_checkpoint": "cigpose.model.weights"}
-
 
 def __getattr__(name: str) -> Any:
+    """What needs torch, which takes longer to import than a preset to print."""
     if name == "codec":
-        return importlib.import_module("cigpose.codec")
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        import cigpose.codec
+
+        return cigpose.codec
+    if name == "build_model":
+        from cigpose.model.estimator import build_model
+
+        return build_model
+    if name == "load_checkpoint":
+        from cigpose.model.weights import load_checkpoint
+
+        return load_checkpoint
     raise AttributeError(f"module 'cigpose' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, "codec"])
+    return sorted({*globals(), *__all__})

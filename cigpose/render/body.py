@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from cigpose.render.figure import Figure, Labels
 from cigpose.render.hand import paint_hand
 from cigpose.render.head import HeadPainter
 from cigpose.render.paint import Canvas, Panel, Patch, along, convex_hull, ramp
-
-if TYPE_CHECKING:
-    from cigpose.render.figure import Figure
 
 STEPS = 128
 """Samples of a profile along its axis."""
@@ -60,7 +58,15 @@ class Part(NamedTuple):
     draw: Callable[[], None]
 
 
-def body_parts(canvas: Canvas, figure: Figure) -> list[Part]:
+def paint_figure(canvas: Canvas, figure: Figure) -> Labels:
+    """Draw a person before everything that is there, and label them."""
+    canvas.begin_person()
+    for part in sorted(_body_parts(canvas, figure), key=lambda part: -part.depth):
+        part.draw()
+    return figure.label(canvas)
+
+
+def _body_parts(canvas: Canvas, figure: Figure) -> list[Part]:
     """Everything to draw, unsorted."""
     parts = [*_trunk(canvas, figure), *_head(canvas, figure)]
     for side in ("left", "right"):

@@ -8,7 +8,6 @@ import numpy as np
 
 from cigpose.render import skeleton
 from cigpose.render.appearance import Appearance, sample_appearance
-from cigpose.render.body import body_parts
 from cigpose.render.face import Face, ear_points, eye_points, landmark_visible, sample_face
 from cigpose.render.hand import Hand, hidden_in_hand, palm_outline, sample_hand
 from cigpose.render.paint import Canvas
@@ -119,19 +118,12 @@ class Figure:
         """(3,) pixels of a point in a frame at the pelvis."""
         return self.placement.project((frame @ np.array(point))[None])[0]
 
-    def paint(self, canvas: Canvas) -> Labels:
-        """Draw the person before everything that is there, and label them."""
-        canvas.begin_person()
-        for part in sorted(body_parts(canvas, self), key=lambda part: -part.depth):
-            part.draw()
-        return self._label(canvas)
-
     def thickness(self, depth: float) -> float:
         """Pixels per stature of a radius at a depth in pixels, for this person's girth."""
         return float(self.placement.scale(depth / self.placement.stature)) * self.person.pose.build.girth
 
-    def _label(self, canvas: Canvas) -> Labels:
-        """Collect the keypoints; what lies deeper than the body's surface at its pixel is hidden."""
+    def label(self, canvas: Canvas) -> Labels:
+        """The keypoints of the figure just painted; what lies deeper than the body's surface at its pixel is hidden."""
         pose, size = self.person.pose, self.placement.stature
         points, slack = np.zeros((133, 3)), np.zeros(133)
         facing = np.ones(133, bool)

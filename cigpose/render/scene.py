@@ -11,6 +11,7 @@ from cigpose.config import RenderConfig
 from cigpose.render.annotate import annotate, whole_visibility
 from cigpose.render.appearance import CLOTH_COLORS
 from cigpose.render.background import draw_background, draw_context
+from cigpose.render.body import paint_figure
 from cigpose.render.figure import Figure, Labels, Placement, sample_person
 from cigpose.render.paint import Canvas, Light, Patch, noise_field
 
@@ -49,7 +50,7 @@ def render_image(config: RenderConfig, index: int) -> tuple[np.ndarray, list[dic
         _ground_shadow(canvas, figure)
         if figure.person.pose.seated:
             _seat(canvas, person_rng, figure)
-        labels = figure.paint(canvas)
+        labels = paint_figure(canvas, figure)
         silhouette = canvas.cover > 0.5
         np.copyto(owner, number, where=silhouette)
         occluded, hidden = person_rng.random() < config.occlusion, person_rng.random() < config.hide_arm

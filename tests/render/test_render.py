@@ -17,6 +17,7 @@ from pycocotools.coco import COCO
 from cigpose.config import RenderConfig
 from cigpose.keypoints import COCO_WHOLEBODY
 from cigpose.render import render_dataset, render_image
+from cigpose.render.body import paint_figure
 from cigpose.render.face import FIRM, TEMPLATE, landmark_visible, sample_face
 from cigpose.render.figure import Figure, Placement, sample_person
 from cigpose.render.hand import BONES, sample_hand
@@ -257,7 +258,8 @@ def test_left_and_right_are_the_persons() -> None:
             continue
         figure = Figure(person, Placement(200, 160, 250, 4))
         front = person.pose.torso[0, 0] > 0
-        points = figure.paint(Canvas(np.zeros((320, 400, 3), np.uint8), Light(np.array([0, 0, -1.0]), 0.5, 0.7))).points
+        canvas = Canvas(np.zeros((320, 400, 3), np.uint8), Light(np.array([0, 0, -1.0]), 0.5, 0.7))
+        points = paint_figure(canvas, figure).points
         for a in (5, 11):
             assert (points[a, 0] > points[a + 1, 0]) == front
         if abs(person.pose.head[0, 0]) > 0.8:
