@@ -39,7 +39,7 @@ def main() -> None:
             CHECKPOINT, load_params(), shards_root=SHARDS, results_path=REPORT / "results.json"
         )
         assert evaluation is not None  # one process: this is rank 0
-        write_report(evaluation, REPORT)
+        write_page(evaluation, REPORT)
         export_onnx(load_checkpoint(CHECKPOINT), evaluation.config, REPORT / "model.onnx")
         report.write_parts_csv(evaluation.metrics, PLOT)
         report.write_metrics_json(evaluation.metrics, METRICS)
@@ -50,7 +50,7 @@ def main() -> None:
     print(report.parts_table(evaluation.metrics), end="")
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> Path:
+def write_page(evaluation: Evaluation, folder: Path) -> Path:
     """Predictions, pictures, charts and the page that shows them."""
     config = evaluation.config
     shards = open_shards(config, config.data.val, SHARDS)

@@ -27,14 +27,14 @@ from mlflow.exceptions import MlflowException
 from cigpose.config import Config, load_params
 from cigpose.files.addresses import without_credentials
 from pipelines.lineage import content_digest, file_sha256, project_root, read_shard_index
-from pipelines.registry.package import Package, log_package, model_card, parts_table, read_lineage, shards_location
+from pipelines.registry.package import Package, figure_rows, log_package, model_card, read_lineage, shards_location
 from pipelines.registry.versions import (
     CHALLENGER,
     CHAMPION,
     RUN_TAG,
     WEIGHTS_TAG,
     Decision,
-    Evaluation,
+    Measurement,
     Registry,
     protocol_of,
 )
@@ -116,7 +116,7 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     return outcome(client, config, run_id, version, decision, registry)
 
 
-def read_evaluation(config: Config, root: Path) -> Evaluation:
+def read_evaluation(config: Config, root: Path) -> Measurement:
     """What evaluate.json says, with the people and the protocol it was measured by.
 
     Raises:
@@ -128,7 +128,7 @@ def read_evaluation(config: Config, root: Path) -> Evaluation:
         known = ", ".join(sorted(metrics))
         raise RegisterError(f"{METRICS}: no {wanted} (evaluate.metric), by which models are compared. It has: {known}.")
     index = read_shard_index(shards_location(config, config.data.val, root))
-    return Evaluation(metrics=metrics, data=content_digest(index), protocol=protocol_of(config))
+    return Measurement(metrics=metrics, data=content_digest(index), protocol=protocol_of(config))
 
 
 def training_run(client: MlflowClient, config: Config, run_id: str, address: str) -> str:
@@ -146,7 +146,7 @@ def training_run(client: MlflowClient, config: Config, run_id: str, address: str
     return found
 
 
-def log_results(client: MlflowClient, run_id: str, evaluation: Evaluation, root: Path) -> None:
+def log_results(client: MlflowClient, run_id: str, evaluation: Measurement, root: Path) -> None:
     """Metrics, pictures and report into the training's run, where they replace those of an earlier time."""
     log_figures(client, run_id, evaluation)
     for path in sorted((root / REPORT).iterdir()) if (root / REPORT).is_dir() else ():
@@ -156,7 +156,7 @@ def log_results(client: MlflowClient, run_id: str, evaluation: Evaluation, root:
             client.log_artifact(run_id, str(path), "evaluation")
 
 
-def log_figures(client: MlflowClient, run_id: str, evaluation: Evaluation, model_id: str | None = None) -> None:
+def log_figures(client: MlflowClient, run_id: str, evaluation: Measurement, model_id: str | None = None) -> None:
     """Metrics `evaluate/<part>/<figure>` of a run, or of its logged model. Logging them again changes nothing."""
     moment = client.get_run(run_id).info.start_time  # fixed, so that a second time is the same record
     metrics = [
@@ -165,7 +165,7 @@ def log_figures(client: MlflowClient, run_id: str, evaluation: Evaluation, model
     client.log_batch(run_id, metrics=metrics)
 
 
-def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Evaluation) -> Package:
+def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Measurement) -> Package:
     """Gather the parts of a complete model.
 
     Raises:
@@ -221,7 +221,7 @@ def outcome(
 
 def summary(registered: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     """The outcome in a few lines."""
-    rows = parts_table(metrics)
+    rows = figure_rows(metrics)
     width = max(len(row[0]) for row in rows)
     name, version, alias = registered["model"], registered["version"], registered["alias"]
     lines = ["", *(f"  {row[0]:<{width}}" + "".join(f"{cell:>8}" for cell in row[1:]) for row in rows), ""]

@@ -31,7 +31,7 @@ from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
 from pipelines.lineage import digest_of, file_sha256, project_root, shards_digest
 from pipelines.tracking import run as tracking
-from pipelines.training import driver as cluster
+from pipelines.training import driver
 from pipelines.training.results import RESULTS, copy_out, forget, is_finished, seal, write_results
 from pipelines.training.watch import Watch
 
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if restart:
                 forget(folder, store)
             if not is_finished(folder, store):
-                train(config, params, folder, store)
+                train_run(config, params, folder, store)
             for name in OUTPUTS:
                 copy_out(folder / RESULTS / name, DATA / name)
             metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
-    except (cluster.TrainingError, CheckpointError, ValueError, OSError) as err:
+    except (driver.TrainingError, CheckpointError, ValueError, OSError) as err:
         sys.exit(without_credentials(f"train: {err}"))
     except KeyboardInterrupt:
         print("train: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
@@ -90,7 +90,7 @@ def alone(config: Config, folder: Path) -> Iterator[None]:
         yield
 
 
-def train(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
+def train_run(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.start_run(config, kind="train", run_folder=folder) as run:
@@ -105,7 +105,7 @@ def train(config: Config, params: dict[str, Any], folder: Path, store: Checkpoin
             "shown_images": watch.shown_images,
         }
         try:
-            result = cluster.train(config, settings, watch.on_event)
+            result = driver.train_on_ray(config, settings, watch.on_event)
         finally:
             watch.close()
         write_results(config, result, store, folder / RESULTS, run)

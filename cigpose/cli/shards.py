@@ -34,9 +34,9 @@ def main(options: argparse.Namespace) -> None:
     """
     import cv2
 
-    from cigpose.loader.sheet import contact_sheet, describe, open_shards
+    from cigpose.loader.sheet import contact_sheet, describe, open_address
 
-    shards = open_shards(options.shards)
+    shards = open_address(options.shards)
     print(describe(shards.index))
     if options.persons <= 0:
         return

@@ -71,7 +71,7 @@ def evaluate_predictions(
     truth = load_ground_truth(ground_truth, keypoint_set, area=config.area)
     scored = score_persons(predictions, truth, keypoint_set, config)
     if results_path is not None:
-        write_results(results_path, scored, keypoint_set, truth.category_id)
+        write_coco_results(results_path, scored, keypoint_set, truth.category_id)
     metrics: dict[str, float] = {}
     for part, members in parts_with_whole(keypoint_set).items():
         run = run_part(scored, truth, keypoint_set, members)
@@ -261,7 +261,9 @@ def _hand_means(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def write_results(path: str | Path, scored: ScoredPersons, keypoint_set: KeypointSet, category_id: int = 1) -> Path:
+def write_coco_results(
+    path: str | Path, scored: ScoredPersons, keypoint_set: KeypointSet, category_id: int = 1
+) -> Path:
     """Write a COCO result file that other tools score as `evaluate_predictions` does.
 
     Sets of several annotation fields get a field each (`foot_kpts`, ...) and its score, which is the person's in all;
@@ -311,7 +313,7 @@ def result_entry(
     keypoint_set: KeypointSet,
     category_id: int = 1,
 ) -> dict[str, Any]:
-    """One person of a COCO result file, see `write_results`.
+    """One person of a COCO result file, see `write_coco_results`.
 
     Args:
         image_id: of the picture.

@@ -36,7 +36,7 @@ _NORMAL_CUT = _NORMAL.cdf(-1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
+class PersonBox:
     """One person and the box to cut out, all in image pixels."""
 
     keypoints: np.ndarray
@@ -58,7 +58,7 @@ class Person:
 # Draws and what they do to a person
 
 
-def flip(person: Person, flip_index: np.ndarray) -> Person:
+def flip(person: PersonBox, flip_index: np.ndarray) -> PersonBox:
     """The person in the mirrored picture: x becomes width - 1 - x, left and right change names."""
     last = person.image_size[0] - 1
     keypoints = person.keypoints[flip_index].copy()
@@ -75,7 +75,7 @@ def flip(person: Person, flip_index: np.ndarray) -> Person:
     )
 
 
-def half_body(person: Person, prefer_upper: bool, keypoint_set: KeypointSet) -> Person:
+def half_body(person: PersonBox, prefer_upper: bool, keypoint_set: KeypointSet) -> PersonBox:
     """The box of the upper or the lower half of the body, by its visible keypoints.
 
     The half that has too few (2 above, 3 below) gives way to the other; with both too few nothing changes. The new box
@@ -95,7 +95,7 @@ def half_body(person: Person, prefer_upper: bool, keypoint_set: KeypointSet) -> 
     return replace(person, center=points.mean(axis=0), scale=np.ptp(points, axis=0) * HALF_BODY_PADDING)
 
 
-def change_box(person: Person, offset: np.ndarray, scale: float, rotation: float) -> Person:
+def change_box(person: PersonBox, offset: np.ndarray, scale: float, rotation: float) -> PersonBox:
     """The box shifted by `offset` (2,) in box sizes, resized by `scale`, turned to `rotation` degrees."""
     return replace(
         person, center=person.center + offset * person.scale, scale=person.scale * scale, rotation=float(rotation)
@@ -120,15 +120,15 @@ def draw_box_change(rng: np.random.Generator, stage: AugmentationStage) -> tuple
 
 
 def random_flip(
-    person: Person, rng: np.random.Generator, stage: AugmentationStage, keypoint_set: KeypointSet
-) -> Person:
+    person: PersonBox, rng: np.random.Generator, stage: AugmentationStage, keypoint_set: KeypointSet
+) -> PersonBox:
     """`flip` with the stage's probability."""
     return flip(person, keypoint_set.flip_index) if rng.random() < stage.flip_prob else person
 
 
 def random_half_body(
-    person: Person, rng: np.random.Generator, stage: AugmentationStage, keypoint_set: KeypointSet
-) -> Person:
+    person: PersonBox, rng: np.random.Generator, stage: AugmentationStage, keypoint_set: KeypointSet
+) -> PersonBox:
     """`half_body` with the stage's probability, for a person with enough visible keypoints."""
     apply, prefer_upper = rng.random(2) < (stage.half_body_prob, PREFER_UPPER_BODY)
     if not apply or np.count_nonzero(person.visible) < MIN_VISIBLE_FOR_HALF_BODY:
@@ -136,14 +136,14 @@ def random_half_body(
     return half_body(person, bool(prefer_upper), keypoint_set)
 
 
-def random_box(person: Person, rng: np.random.Generator, stage: AugmentationStage) -> Person:
+def random_box(person: PersonBox, rng: np.random.Generator, stage: AugmentationStage) -> PersonBox:
     """`change_box` with drawn values."""
     return change_box(person, *draw_box_change(rng, stage))
 
 
 def augment_person(
-    person: Person, rng: np.random.Generator, stage: AugmentationStage, keypoint_set: KeypointSet
-) -> Person:
+    person: PersonBox, rng: np.random.Generator, stage: AugmentationStage, keypoint_set: KeypointSet
+) -> PersonBox:
     """Flip, half body and random box, in the original's order."""
     person = random_flip(person, rng, stage, keypoint_set)
     person = random_half_body(person, rng, stage, keypoint_set)
@@ -153,7 +153,7 @@ def augment_person(
 # Pixels
 
 
-def person_matrix(person: Person, input_size: tuple[int, int]) -> np.ndarray:
+def person_matrix(person: PersonBox, input_size: tuple[int, int]) -> np.ndarray:
     """(2, 3) float64, from image pixels (mirrored if the person is) to crop pixels."""
     width = max(person.scale[0], person.scale[1] * (input_size[0] / input_size[1]))  # as `fix_aspect_ratio`
     return crop_matrix(person.center, (width,), person.rotation, input_size)

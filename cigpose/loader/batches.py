@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from cigpose.config import Config, LoaderConfig
 from cigpose.files.errors import DataError
-from cigpose.loader.crops import CropMaker, Crops, Picture
+from cigpose.loader.crops import CropMaker, Crops, WantedPicture
 from cigpose.loader.plan import RankPlan, Segment, eval_plan, picture_rng, train_plan
 from cigpose.loader.shards import ShardSet, ShardTable
 
@@ -199,7 +199,7 @@ class Loader:
                 raise result
             yield result
 
-    def jobs(self) -> Iterator[list[Picture]]:
+    def jobs(self) -> Iterator[list[WantedPicture]]:
         """Lists of pictures in arrival order, without those whose persons all came before `start_batch`."""
         first = int(self._starts[self._start_batch])
         pools = [
@@ -232,7 +232,7 @@ class Loader:
 
     def _pictures(
         self, pool: int, arrival: int, tables: list[tuple[Segment, ShardTable]], first_position: int
-    ) -> Iterator[Picture]:
+    ) -> Iterator[WantedPicture]:
         """The pictures of a pool in their order, with the persons that are wanted."""
         entries = [entry for segment, table in tables for entry in _cut_table(segment, table, self._maker.boxes)]
         order = range(len(entries)) if self._order is None else self._order(pool, len(entries)).tolist()
@@ -243,7 +243,7 @@ class Loader:
             arrival += len(persons)
             wanted = [i for i, position in enumerate(positions) if position >= first_position]
             if wanted:
-                yield Picture(
+                yield WantedPicture(
                     path=table.path,
                     dataset=dataset,
                     key=table.keys[image],
@@ -261,7 +261,7 @@ class _Jobs:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def __iter__(self) -> Iterator[list[Picture]]:
+    def __iter__(self) -> Iterator[list[WantedPicture]]:
         return self._loader.jobs()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from cigpose.config import AugmentationStage, Config
 from cigpose.crop import box_to_center_scale, crop_image, fix_aspect_ratio, transform_points
 from cigpose.files.errors import DataError
-from cigpose.loader.augment import Person, PixelAugmentation, augment_person, person_matrix
+from cigpose.loader.augment import PersonBox, PixelAugmentation, augment_person, person_matrix
 from cigpose.loader.shards import AGAIN, ShardFiles
 
 _REDUCED = {
@@ -27,7 +27,7 @@ _REDUCED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class WantedPicture:
     """An image of a shard and the persons wanted of it."""
 
     path: Path
@@ -101,14 +101,14 @@ class CropMaker:
             stages = config.augmentation
             self.stage = stages.stage1 if epoch < stages.stage2_from_epoch else stages.stage2
 
-    def __getitem__(self, pictures: list[Picture]) -> Crops | DataError:
+    def __getitem__(self, pictures: list[WantedPicture]) -> Crops | DataError:
         """The crops of some pictures; a data error is returned, so that it crosses processes as it is."""
         try:
             return self.make(pictures)
         except DataError as err:
             return err
 
-    def make(self, pictures: list[Picture]) -> Crops:
+    def make(self, pictures: list[WantedPicture]) -> Crops:
         """The crops of some pictures.
 
         Raises:
@@ -128,7 +128,7 @@ class CropMaker:
         positions = [position for picture in pictures for position in picture.positions]
         return Crops(positions=positions, arrays={"crops": crops, **arrays}, keys=rows.keys)
 
-    def _train(self, picture: Picture, out: np.ndarray, rows: _Rows, stage: AugmentationStage) -> None:
+    def _train(self, picture: WantedPicture, out: np.ndarray, rows: _Rows, stage: AugmentationStage) -> None:
         record = self._files.record(picture.path, picture.json_extent)
         keys = [f"{picture.dataset}/{picture.key}#{record['persons'][i]['id']}" for i in picture.persons]
         rngs = [self.generator(key) for key in keys]
@@ -144,7 +144,7 @@ class CropMaker:
             points = transform_points(matrices[i], persons[i].keypoints)
             rows.add(keys[i], keypoints=points.astype(np.float32), visible=persons[i].visible)
 
-    def _evaluate(self, picture: Picture, out: np.ndarray, rows: _Rows) -> None:
+    def _evaluate(self, picture: WantedPicture, out: np.ndarray, rows: _Rows) -> None:
         record = self._files.record(picture.path, picture.json_extent)
         detected = self.boxes == "detections"
         persons = [self._person(record, i) for i in picture.persons]
@@ -164,14 +164,14 @@ class CropMaker:
                 box_score=np.float32(entry.get("score", 1.0)),
             )
 
-    def _person(self, record: dict[str, Any], place: int) -> Person:
+    def _person(self, record: dict[str, Any], place: int) -> PersonBox:
         entry = record["detections" if self.boxes == "detections" else "persons"][place]
         center, scale = box_to_center_scale(np.asarray(entry["bbox_xyxy"]), self.padding)
         if "keypoints" in entry:
             points = np.fromiter(itertools.chain.from_iterable(entry["keypoints"]), np.float64).reshape(-1, 3)
         else:
             points = np.zeros((len(self.keypoint_set), 3))
-        return Person(
+        return PersonBox(
             keypoints=points[:, :2],
             visible=(points[:, 2] > 0).astype(np.float32),
             center=center,
@@ -180,13 +180,13 @@ class CropMaker:
         )
 
     def _crop(
-        self, picture: Picture, record: dict[str, Any], persons: list[Person], out: np.ndarray
+        self, picture: WantedPicture, record: dict[str, Any], persons: list[PersonBox], out: np.ndarray
     ) -> list[np.ndarray]:
         """Cut the persons out into `out`; their matrices, image (mirrored or not) to crop."""
         matrices = [person_matrix(person, self.input_size) for person in persons]
         size = (int(record["width"]), int(record["height"]))
         factor = _reduction(matrices) if self.scaled_decode else 1
-        image = decode(picture, self._files.read(picture.path, picture.jpeg_extent), factor, size)
+        image = decode_picture(picture, self._files.read(picture.path, picture.jpeg_extent), factor, size)
         for person, matrix, crop in zip(persons, matrices, out, strict=True):
             if factor > 1:
                 matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)
@@ -199,7 +199,7 @@ class CropMaker:
         return np.random.default_rng([self.seed, self.epoch or 0, int.from_bytes(digest, "little")])
 
 
-def decode(picture: Picture, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
+def decode_picture(picture: WantedPicture, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
     """The decoded image, RGB uint8, `factor` times smaller.
 
     Raises:

@@ -11,7 +11,7 @@ from cigpose.config import Config
 from cigpose.draw import draw_poses, label_picture
 from cigpose.files.errors import DataError
 from cigpose.files.objects import is_remote
-from cigpose.loader.crops import CropMaker, Picture
+from cigpose.loader.crops import CropMaker, WantedPicture
 from cigpose.loader.shards import ShardSet
 from cigpose.shard.index import ShardIndex
 
@@ -20,7 +20,7 @@ MAX_SHARDS = 4
 """Shards looked into for the sheet."""
 
 
-def open_shards(address: str) -> ShardSet:
+def open_address(address: str) -> ShardSet:
     """The shards of one folder or address.
 
     Raises:
@@ -85,7 +85,7 @@ def contact_sheet(shards: ShardSet, config: Config, *, num_persons: int, seed: i
     return np.vstack([np.hstack(groups[i : i + per_row]) for i in range(0, len(groups), per_row)])
 
 
-def _choose(shards: ShardSet, num_persons: int, seed: int) -> list[Picture]:
+def _choose(shards: ShardSet, num_persons: int, seed: int) -> list[WantedPicture]:
     """Persons of a few shards, each with its image, without repetition."""
     rng = np.random.default_rng(seed)
     filled = [number for number, entry in enumerate(shards.index.shards) if entry.persons]
@@ -101,7 +101,7 @@ def _choose(shards: ShardSet, num_persons: int, seed: int) -> list[Picture]:
     ]
     chosen = sorted(rng.permutation(len(places))[:num_persons].tolist())
     return [
-        Picture(
+        WantedPicture(
             path=table.path,
             dataset=shards.dataset,
             key=table.keys[image],

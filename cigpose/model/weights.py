@@ -32,7 +32,7 @@ DEAD_PREFIXES = ("head.mlp.", "head.cls_x.", "head.cls_y.")
 """CIGPose's layers inherited from RTMPose that no forward uses. A file may leave them out."""
 
 
-class CheckpointError(ValueError):
+class WeightsError(ValueError):
     """A file of weights that cannot be used: damaged, unsafe, or of another model."""
 
 
@@ -78,7 +78,7 @@ def refuse_foreign(path: Path, expected: str) -> None:
         expected: such as "a torch checkpoint".
 
     Raises:
-        CheckpointError: it is of a known other kind, or empty.
+        WeightsError: it is of a known other kind, or empty.
     """
     with path.open("rb") as file:
         start = file.read(64)
@@ -92,7 +92,7 @@ def refuse_foreign(path: Path, expected: str) -> None:
     if kind and kind != expected:
         of_weights = "a .safetensors of ours or an official .pth"
         advice = "an .onnx that `cigpose export` wrote" if expected == ONNX else of_weights
-        raise CheckpointError(f"{path}: not {expected} but {kind}. Give {advice}.")
+        raise WeightsError(f"{path}: not {expected} but {kind}. Give {advice}.")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: damaged, not weights, or a pickle that asks for more than tensors.
+        WeightsError: damaged, not weights, or a pickle that asks for more than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -115,7 +115,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as err:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({err}). Copy or make it again.") from err
+            raise WeightsError(f"{path}: not a whole safetensors file ({err}). Copy or make it again.") from err
     return _tensors_of(_unpickle(path), path)
 
 
@@ -131,14 +131,14 @@ def _unpickle(path: Path) -> object:
     # A damaged or hostile pickle can raise anything; whatever it is, nothing of the file has been run.
     except Exception as err:
         if refused := re.search(r"GLOBAL (\S+)", str(err)):
-            raise CheckpointError(
+            raise WeightsError(
                 f"{path}: asks for {refused[1]}, which is neither a tensor nor OpenMMLab's bookkeeping; opening it "
                 "would run code from the file, so it is refused. Ask its author for a file of tensors only."
             ) from err
         # torch's own text advises to open the file without protection.
         lines = re.sub(r".*WeightsUnpickler error:", "", str(err), flags=re.DOTALL).strip().splitlines()
         reason = lines[0][:200] if lines and "weights_only" not in lines[0] else type(err).__name__
-        raise CheckpointError(f"{path}: not a readable torch checkpoint ({reason}). Download it again.") from err
+        raise WeightsError(f"{path}: not a readable torch checkpoint ({reason}). Download it again.") from err
 
 
 def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
@@ -146,9 +146,9 @@ def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, expected a mapping of names to tensors.")
+        raise WeightsError(f"{path}: holds {type(content).__name__}, expected a mapping of names to tensors.")
     if odd := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(f"{path}: {_listed(odd)} are not tensors, expected a mapping of names to tensors.")
+        raise WeightsError(f"{path}: {_listed(odd)} are not tensors, expected a mapping of names to tensors.")
     return {str(key).removeprefix("module."): value.detach() for key, value in content.items()}
 
 
@@ -170,7 +170,7 @@ def save_weights(
         extra: more metadata, e.g. `{"epoch": "12"}`.
 
     Raises:
-        CheckpointError: a number of them is NaN or infinite; nothing is written.
+        WeightsError: a number of them is NaN or infinite; nothing is written.
     """
     path = Path(path)
     refuse_non_finite(state_dict, path)
@@ -191,7 +191,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a safetensors file.
+        WeightsError: not a safetensors file.
     """
     path = Path(path)
     if not path.is_file():
@@ -201,7 +201,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except safetensors.SafetensorError as err:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({err}). Copy or make it again.") from err
+        raise WeightsError(f"{path}: not a whole safetensors file ({err}). Copy or make it again.") from err
 
 
 def read_config(path: str | Path) -> Config:
@@ -209,15 +209,15 @@ def read_config(path: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file holds no configuration, or one that this version cannot use.
+        WeightsError: the file holds no configuration, or one that this version cannot use.
     """
     metadata = read_metadata(path)
     if CONFIG_KEY not in metadata:
-        raise CheckpointError(f"{path}: holds no configuration, so it is not one of ours. Give its preset's.")
+        raise WeightsError(f"{path}: holds no configuration, so it is not one of ours. Give its preset's.")
     try:
         return config_from_mapping(json.loads(metadata[CONFIG_KEY]))
     except (ConfigError, json.JSONDecodeError) as err:
-        raise CheckpointError(f"{path}: its configuration cannot be used: {err}") from err
+        raise WeightsError(f"{path}: its configuration cannot be used: {err}") from err
 
 
 def load_checkpoint(path: str | Path, config: Config | None = None) -> CIGPose | RTMPose:
@@ -229,14 +229,14 @@ def load_checkpoint(path: str | Path, config: Config | None = None) -> CIGPose |
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file cannot be opened safely, lacks a configuration, or holds another model: with a list
+        WeightsError: the file cannot be opened safely, lacks a configuration, or holds another model: with a list
             of every tensor that is missing, unexpected or of another shape.
     """
     path = Path(path)
     if config is None:
         if path.suffix != ".safetensors" and path.is_file():
             refuse_foreign(path, _expected(path))
-            raise CheckpointError(
+            raise WeightsError(
                 f"{path}: a {path.suffix or 'file'} carries no configuration of ours. Give the one it was trained "
                 "with, e.g. load_preset('cigpose-m_coco-wholebody_256x192')."
             )
@@ -255,7 +255,7 @@ def load_weights(model: CIGPose | RTMPose, state_dict: Mapping[str, Tensor], sou
         source: where they come from, for messages.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, of another shape or not finite; all of them are listed.
+        WeightsError: a tensor is missing, unexpected, of another shape or not finite; all of them are listed.
     """
     own = model.state_dict()
     dead = {key for key in own if isinstance(model, CIGPose) and key.startswith(DEAD_PREFIXES)}
@@ -273,14 +273,14 @@ def load_backbone(model: CIGPose | RTMPose, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file cannot be opened safely, has no backbone, or one of another size.
+        WeightsError: the file cannot be opened safely, has no backbone, or one of another size.
     """
     prefix = "backbone."
     state_dict = read_state_dict(path)
     found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
     if not found:
         first = _listed({key.split(".")[0] for key in state_dict})
-        raise CheckpointError(f"{path}: no tensor begins with {prefix!r}, only with {first}. Is it a backbone's file?")
+        raise WeightsError(f"{path}: no tensor begins with {prefix!r}, only with {first}. Is it a backbone's file?")
     built = {name for name, _ in model.backbone.named_children()}
     stages = {f"stage{number}" for number in range(1, 5)} - built
     found = {key: value for key, value in found.items() if key.split(".")[1] not in stages}
@@ -289,9 +289,9 @@ def load_backbone(model: CIGPose | RTMPose, path: str | Path) -> None:
 
 
 def refuse_non_finite(state_dict: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise CheckpointError if a number in `state_dict`, which is that of `source`, is NaN or infinite."""
+    """Raise WeightsError if a number in `state_dict`, which is that of `source`, is NaN or infinite."""
     if broken := [key for key, value in state_dict.items() if not bool(torch.isfinite(value).all())]:
-        raise CheckpointError(
+        raise WeightsError(
             f"{source}: {len(broken)} of {len(state_dict)} tensors hold numbers that are not finite: "
             f"{_listed(broken, 3)}. The training has diverged, or the file is damaged; take an earlier one."
         )
@@ -311,7 +311,7 @@ def _copy(
     ]
     complaints = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if found := [f"{len(names)} {what}: {_listed(names)}" for what, names in complaints.items() if names]:
-        raise CheckpointError(f"{source}: not the weights of {name}. {'; '.join(found)}.")
+        raise WeightsError(f"{source}: not the weights of {name}. {'; '.join(found)}.")
     refuse_non_finite(given, source)
     for key, value in given.items():
         own[key].copy_(value)

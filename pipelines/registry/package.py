@@ -35,7 +35,7 @@ from packaging.requirements import Requirement
 import cigpose
 from cigpose.config import Config, public_params
 from pipelines.lineage import content_digest, digest_of, dvc_hashes, git_revision, read_shard_index, shards_digest
-from pipelines.registry.versions import Evaluation
+from pipelines.registry.versions import Measurement
 
 DISTRIBUTION = "cigpose-pipelines"
 
@@ -48,7 +48,7 @@ class Package:
     weights: Path
     params: Path
     onnx: Path
-    evaluation: Evaluation
+    evaluation: Measurement
     lineage: Mapping[str, Any]
     pictures: Sequence[Path]
     run: Mapping[str, Any]
@@ -209,7 +209,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _metrics(evaluation: Evaluation) -> dict[str, Any]:
+def _metrics(evaluation: Measurement) -> dict[str, Any]:
     return {
         "metrics": dict(evaluation.metrics),
         "data": evaluation.data,
@@ -222,7 +222,7 @@ def _write(path: Path, value: Any) -> Path:
     return path
 
 
-def parts_table(metrics: Mapping[str, float], figures: Sequence[str] = ("AP", "AP50", "AP75", "AR")) -> list[list[str]]:
+def figure_rows(metrics: Mapping[str, float], figures: Sequence[str] = ("AP", "AP50", "AP75", "AR")) -> list[list[str]]:
     """Rows of text, one a part in the order of `metrics`, under a head; figures that nobody measured are left out."""
     parts: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
@@ -241,7 +241,7 @@ def model_card(package: Package) -> str:
     """The README.md of a registered model."""
     config, lineage = package.config, package.lineage
     width, height = config.model.input_size
-    head, *rows = parts_table(package.evaluation.metrics)
+    head, *rows = figure_rows(package.evaluation.metrics)
     protocol = json.loads(package.evaluation.protocol)
     val = lineage["datasets"][config.data.val]
     boxes = {"ground_truth": "ground-truth boxes", "detections": "detected boxes"}[config.evaluate.boxes]
@@ -256,7 +256,7 @@ def model_card(package: Package) -> str:
         f"Top-down pose model ({config.model.head.kind}), {len(config.keypoint_set)} keypoints "
         f"({config.keypoint_set.name}), input {height} x {width} (height x width).",
         "",
-        "## Evaluation",
+        "## Measurement",
         f"On {config.data.val}: {val['images']} images, {val['persons']} persons, {boxes}, flip test "
         f"{'on' if config.evaluate.flip_test else 'off'}, scored by pycocotools.",
         "",

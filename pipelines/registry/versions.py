@@ -39,7 +39,7 @@ PROMOTING = ("first", "better")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Measurement:
     """What a version was measured to do, and how."""
 
     metrics: Mapping[str, float]
@@ -55,7 +55,7 @@ class Evaluation:
         return {DATA_TAG: self.data, PROTOCOL_TAG: self.protocol, **figures}
 
     @classmethod
-    def from_tags(cls, tags: Mapping[str, str]) -> Evaluation:
+    def from_tags(cls, tags: Mapping[str, str]) -> Measurement:
         """The evaluation that a version keeps."""
         metrics = {}
         for name, value in tags.items():
@@ -94,7 +94,7 @@ class Decision:
 
 
 def decide(
-    version: int, evaluation: Evaluation, champion: tuple[int, Evaluation] | None, metric: str, margin: float
+    version: int, evaluation: Measurement, champion: tuple[int, Measurement] | None, metric: str, margin: float
 ) -> Decision:
     """Compare a version with the champion.
 
@@ -147,7 +147,7 @@ def is_measured(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
 
-def incomparable(one: Evaluation, other: Evaluation, metric: str) -> str | None:
+def incomparable(one: Measurement, other: Measurement, metric: str) -> str | None:
     """Why two evaluations cannot be compared, as a sentence about the second; None if they can."""
     if one.data != other.data:
         return f"it was evaluated on other people (data {other.data or 'unknown'}, here {one.data})."
@@ -213,7 +213,7 @@ class Registry:
                 return None
             raise
 
-    def settle(self, version: int, evaluation: Evaluation, metric: str, margin: float) -> Decision:
+    def settle(self, version: int, evaluation: Measurement, metric: str, margin: float) -> Decision:
         """Compare a version with the champion, move the aliases, and write down why; one process at a time.
 
         What a killed process had decided is carried out by the next call. A champion whose alias someone moved by hand
@@ -226,7 +226,7 @@ class Registry:
             self._finish_interrupted()
             self._note_moves_by_hand()
             reigning = self.by_alias(CHAMPION)
-            champion = (int(reigning.version), Evaluation.from_tags(reigning.tags)) if reigning else None
+            champion = (int(reigning.version), Measurement.from_tags(reigning.tags)) if reigning else None
             decision = decide(version, evaluation, champion, metric, margin)
             if decision.promotes and ROLLED_BACK_TAG in self._tags(version):
                 decision = _kept_back(decision, version)

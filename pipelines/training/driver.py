@@ -49,7 +49,7 @@ class TrainingError(RuntimeError):
     """A training that ended without a result; the message is for the user."""
 
 
-def train(config: Config, settings: dict[str, Any], on_event: Callable[[Event], None]) -> dict[str, Any]:
+def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[Event], None]) -> dict[str, Any]:
     """Train on Ray until the run is finished.
 
     Args:

@@ -39,7 +39,7 @@ from cigpose.crop import box_to_center_scale, crop_image
 from cigpose.loader.augment import (
     MIN_VISIBLE_FOR_HALF_BODY,
     PREFER_UPPER_BODY,
-    Person,
+    PersonBox,
     PixelAugmentation,
     draw_box_change,
     draw_hsv_gains,
@@ -129,7 +129,7 @@ class PlainWay:
             image = cv2.flip(image, 1)
             points, visible = points[keypoints.flip_index], visible[keypoints.flip_index]
             points[:, 0], center[0] = width - 1 - points[:, 0], width - 1 - center[0]
-        subject = Person(points, visible, center, scale, (width, image.shape[0]))
+        subject = PersonBox(points, visible, center, scale, (width, image.shape[0]))
         apply, upper = rng.random(2) < (stage.half_body_prob, PREFER_UPPER_BODY)
         if apply and np.sum(visible > 0) >= MIN_VISIBLE_FOR_HALF_BODY:
             subject = half_body(subject, bool(upper), keypoints)

@@ -10,7 +10,7 @@ import pytest
 
 from cigpose.cli.main import main
 from cigpose.draw import LEFT, RIGHT
-from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet, open_shards
+from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet, open_address
 
 
 def inspect(*arguments: object) -> int:
@@ -44,7 +44,7 @@ def test_inspect_names_what_was_left_out_and_mended(tiny_shards: Any, capsys: py
 @pytest.mark.parametrize("num_persons", [1, 5, 100])
 def test_a_sheet_shows_each_person_three_times(tiny_shards: Any, num_persons: int) -> None:
     folder = tiny_shards.write("a", [4], persons=(2, 1))
-    sheet = contact_sheet(open_shards(str(folder)), tiny_shards.config("a"), num_persons=num_persons)
+    sheet = contact_sheet(open_address(str(folder)), tiny_shards.config("a"), num_persons=num_persons)
     tile = (TILE_HEIGHT, TILE_HEIGHT // 2)  # crops are 32 x 64
     assert sheet.dtype == np.uint8 and sheet.shape[1] % (3 * tile[1]) == 0
     cells = (sheet.shape[0] // tile[0]) * (sheet.shape[1] // (3 * tile[1]))
@@ -61,7 +61,7 @@ def test_keypoints_are_drawn_where_they_are(tiny_shards: Any) -> None:
     samples = {"0.jpg": white, "0.json": json.dumps(record, separators=(",", ":")).encode()}
     tiny_shards.pack(folder / "a-00000.tar", samples)
     tiny_shards.index(folder, [{"name": "a-00000.tar", "images": 1, "persons": 1, "detections": 0}])
-    sheet = contact_sheet(open_shards(str(folder)), tiny_shards.config("a"), num_persons=1)[:, : TILE_HEIGHT // 2]
+    sheet = contact_sheet(open_address(str(folder)), tiny_shards.config("a"), num_persons=1)[:, : TILE_HEIGHT // 2]
 
     def middle_of(color: tuple[int, int, int]) -> float:
         return float(np.nonzero((np.abs(sheet.astype(int) - color) < 12).all(axis=2))[1].mean())
@@ -70,7 +70,7 @@ def test_keypoints_are_drawn_where_they_are(tiny_shards: Any) -> None:
 
 
 def test_other_seeds_show_other_persons(tiny_shards: Any) -> None:
-    shards = open_shards(str(tiny_shards.write("a", [9, 9])))
+    shards = open_address(str(tiny_shards.write("a", [9, 9])))
     config = tiny_shards.config("a")
     first, again, other = (contact_sheet(shards, config, num_persons=3, seed=seed) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
@@ -107,4 +107,4 @@ def test_mistakes_are_one_sentence(
 def test_a_dataset_without_persons_has_no_sheet(tiny_shards: Any) -> None:
     folder = tiny_shards.write("a", [2], persons=(0,), detections=1)
     with pytest.raises(ValueError, match="holds no persons"):
-        contact_sheet(open_shards(str(folder)), tiny_shards.config("a"), num_persons=2)
+        contact_sheet(open_address(str(folder)), tiny_shards.config("a"), num_persons=2)

@@ -13,7 +13,7 @@ from cigpose.config import AugmentationStage
 from cigpose.crop import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio, transform_points
 from cigpose.keypoints import COCO, COCO_WHOLEBODY
 from cigpose.loader.augment import (
-    Person,
+    PersonBox,
     PixelAugmentation,
     augment_person,
     change_box,
@@ -81,8 +81,8 @@ def reference_crop(large_folder: Path, name: str) -> np.ndarray:
     return cv2.imread(str(large_folder / "crops" / f"{name}.png")).astype(int)
 
 
-def person_of(affine: dict[str, np.ndarray], row: int, width: int = 640) -> Person:
-    return Person(
+def person_of(affine: dict[str, np.ndarray], row: int, width: int = 640) -> PersonBox:
+    return PersonBox(
         keypoints=affine["keypoints"][row],
         visible=affine["visible"][row].astype(np.float32),
         center=affine["center"][row],
@@ -91,11 +91,11 @@ def person_of(affine: dict[str, np.ndarray], row: int, width: int = 640) -> Pers
     )
 
 
-def some_person(num_visible: int = 17) -> Person:
+def some_person(num_visible: int = 17) -> PersonBox:
     rng = np.random.default_rng(3)
     visible = np.zeros(17, dtype=np.float32)
     visible[:num_visible] = 1
-    return Person(
+    return PersonBox(
         keypoints=rng.uniform(20, 200, (17, 2)),
         visible=visible,
         center=np.array([110.0, 110.0]),

@@ -21,7 +21,7 @@ import torch
 import cigpose
 from cigpose.model import weights
 from cigpose.model.estimator import build_model
-from cigpose.model.weights import CheckpointError
+from cigpose.model.weights import WeightsError
 
 
 def perturbed(model):
@@ -98,7 +98,7 @@ def test_a_saved_file_has_the_usual_permissions(tmp_path, config, model):
 def test_a_file_without_configuration_asks_for_one(tmp_path, model, config):
     path = tmp_path / "bare.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"bare.safetensors: holds no configuration"):
+    with pytest.raises(WeightsError, match=r"bare.safetensors: holds no configuration"):
         cigpose.load_checkpoint(path)
     assert_equal_weights(cigpose.load_checkpoint(path, config), model.state_dict())
 
@@ -107,9 +107,7 @@ def test_a_configuration_of_another_version_is_refused_with_the_key(tmp_path, mo
     path = tmp_path / "odd.safetensors"
     values = config.to_mapping() | {"colour": "blue"}
     safetensors.torch.save_file(model.state_dict(), path, {"config": json.dumps(values)})
-    with pytest.raises(
-        CheckpointError, match=r"odd.safetensors: its configuration cannot be used: colour: unknown key"
-    ):
+    with pytest.raises(WeightsError, match=r"odd.safetensors: its configuration cannot be used: colour: unknown key"):
         cigpose.load_checkpoint(path)
 
 
@@ -119,15 +117,13 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, conf
     whole = path.read_bytes()
     numbers = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
     broken = {**model.state_dict(), **{key: torch.full_like(value, torch.nan) for key, value in numbers.items()}}
-    with pytest.raises(CheckpointError, match="tensors hold numbers that are not finite"):
+    with pytest.raises(WeightsError, match="tensors hold numbers that are not finite"):
         weights.save_weights(path, broken, config)
     assert path.read_bytes() == whole
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
     safetensors.torch.save_file({key: value.contiguous() for key, value in broken.items()}, path, metadata)
-    with pytest.raises(
-        CheckpointError, match=r"model.safetensors: \d+ of \d+ tensors hold numbers that are not finite"
-    ):
+    with pytest.raises(WeightsError, match=r"model.safetensors: \d+ of \d+ tensors hold numbers that are not finite"):
         cigpose.load_checkpoint(path)
 
 
@@ -144,7 +140,7 @@ def test_a_missing_file_says_so(tmp_path, config):
 def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, config, content, suffix):
     path = tmp_path / f"damaged{suffix}"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"damaged{suffix}: not a ") as caught:
+    with pytest.raises(WeightsError, match=rf"damaged{suffix}: not a ") as caught:
         cigpose.load_checkpoint(path, config)
     assert "\n" not in str(caught.value)
 
@@ -164,7 +160,7 @@ def test_a_file_of_another_kind_is_called_by_its_name(tmp_path, config, content,
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     for given in (config, None):
-        with pytest.raises(CheckpointError, match=kind) as caught:
+        with pytest.raises(WeightsError, match=kind) as caught:
             cigpose.load_checkpoint(path, given)
         assert "weights_only" not in str(caught.value)
 
@@ -174,7 +170,7 @@ def test_what_torch_says_of_a_damaged_pickle_is_no_advice_to_run_it(tmp_path, co
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/data.pkl", b"\x80\x02\xff\xff")
         archive.writestr("model/version", b"3")
-    with pytest.raises(CheckpointError, match="not a readable torch checkpoint") as caught:
+    with pytest.raises(WeightsError, match="not a readable torch checkpoint") as caught:
         cigpose.load_checkpoint(path, config)
     assert "weights_only" not in str(caught.value)
 
@@ -193,7 +189,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path, config, model):
     next(value for value in tensors.values() if value.is_floating_point()).view(-1)[0] = float("nan")
     safetensors.torch.save_file(tensors, path, weights.read_metadata(path))
     complaint = r"model\.safetensors: 1 of \d+ tensors hold numbers that are not finite"
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(WeightsError, match=complaint):
         cigpose.load_checkpoint(path)
 
 
@@ -280,7 +276,7 @@ def test_nothing_of_the_bookkeeping_comes_alive(tmp_path, model, openmmlab):
 def test_an_official_checkpoint_needs_a_configuration(tmp_path, model):
     path = tmp_path / "official.pth"
     torch.save(model.state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"official.pth: a .pth carries no configuration of ours.*load_preset"):
+    with pytest.raises(WeightsError, match=r"official.pth: a .pth carries no configuration of ours.*load_preset"):
         cigpose.load_checkpoint(path)
 
 
@@ -308,7 +304,7 @@ def test_everything_that_does_not_fit_is_listed(tmp_path, config, model):
     state_dict["head.cls_gx.weight"] = torch.zeros(5, 32)
     path = tmp_path / "other.pth"
     torch.save(state_dict, path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(WeightsError) as caught:
         cigpose.load_checkpoint(path, config)
     message = str(caught.value)
     assert f"{path}: not the weights of {config.name}." in message
@@ -321,7 +317,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path, config, model):
     fresh = build_model(config)
     before = {key: value.clone() for key, value in fresh.state_dict().items()}
     state_dict = dict(model.state_dict()) | {"head.surprise": torch.zeros(3)}
-    with pytest.raises(CheckpointError):
+    with pytest.raises(WeightsError):
         weights.load_weights(fresh, state_dict, "memory")
     assert_equal_weights(fresh, before)
 
@@ -329,7 +325,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path, config, model):
 def test_the_baseline_refuses_weights_of_the_whole_model(tmp_path, tiny_config, config, model):
     path = tmp_path / "cigpose.safetensors"
     weights.save_weights(path, model.state_dict(), config)
-    with pytest.raises(CheckpointError, match=r"unexpected: head.cim.canonical_features.weight.* more"):
+    with pytest.raises(WeightsError, match=r"unexpected: head.cim.canonical_features.weight.* more"):
         cigpose.load_checkpoint(path, tiny_config(model__head__kind="rtmpose"))
 
 
@@ -368,7 +364,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path, config, model
             torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         except (TypeError, pickle.PicklingError):
             continue  # not picklable at all
-        with pytest.raises(CheckpointError, match=rf"{name}.pth: ") as caught:
+        with pytest.raises(WeightsError, match=rf"{name}.pth: ") as caught:
             cigpose.load_checkpoint(path, config)
         assert not (tmp_path / "pwned").exists()
         if refused:
@@ -403,14 +399,14 @@ def handwritten_checkpoint(path: Path, opcodes: bytes):
 def test_the_stand_ins_cannot_be_turned_into_anything(tmp_path, config, opcodes):
     path = tmp_path / "crafted.pth"
     handwritten_checkpoint(path, opcodes)
-    with pytest.raises(CheckpointError, match=r"crafted.pth: "):
+    with pytest.raises(WeightsError, match=r"crafted.pth: "):
         cigpose.load_checkpoint(path, config)
 
 
 def test_arrays_in_place_of_tensors_are_refused(tmp_path, config, model):
     path = tmp_path / "arrays.pth"
     torch.save({key: value.numpy() for key, value in model.state_dict().items()}, path)
-    with pytest.raises(CheckpointError, match=r"arrays.pth: backbone.*more are not tensors"):
+    with pytest.raises(WeightsError, match=r"arrays.pth: backbone.*more are not tensors"):
         cigpose.load_checkpoint(path, config)
 
 
@@ -418,7 +414,7 @@ def test_arrays_in_place_of_tensors_are_refused(tmp_path, config, model):
 def test_a_file_without_a_mapping_of_tensors_is_refused(tmp_path, config, content):
     path = tmp_path / "odd.pth"
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match=r"odd.pth: .*expected a mapping of names to tensors"):
+    with pytest.raises(WeightsError, match=r"odd.pth: .*expected a mapping of names to tensors"):
         cigpose.load_checkpoint(path, config)
 
 
@@ -446,19 +442,19 @@ def test_stages_that_are_not_built_are_left_out(tmp_path, tiny_config):
     weights.load_backbone(short, path)
     assert torch.equal(short.backbone.stage3[0].conv.weight, whole.backbone.stage3[0].conv.weight)
     torch.save({k: v for k, v in whole.state_dict().items() if "stage2" not in k}, path)
-    with pytest.raises(CheckpointError, match=r"the backbone of quickstart. \d+ missing: backbone.stage2"):
+    with pytest.raises(WeightsError, match=r"the backbone of quickstart. \d+ missing: backbone.stage2"):
         weights.load_backbone(short, path)
 
 
 def test_a_backbone_of_another_width_is_refused(tmp_path, config, tiny_config):
     path = tmp_path / "backbone.pth"
     torch.save(build_model(tiny_config(model__backbone__widen_factor=0.25)).state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"of another shape: backbone.stage1.*\(32,\) for \(16,\)"):
+    with pytest.raises(WeightsError, match=r"of another shape: backbone.stage1.*\(32,\) for \(16,\)"):
         weights.load_backbone(build_model(config), path)
 
 
 def test_a_file_without_a_backbone_is_refused(tmp_path, config, model):
     path = tmp_path / "head.pth"
     torch.save({k: v for k, v in model.state_dict().items() if k.startswith("head.")}, path)
-    with pytest.raises(CheckpointError, match=r"head.pth: no tensor begins with 'backbone.', only with head"):
+    with pytest.raises(WeightsError, match=r"head.pth: no tensor begins with 'backbone.', only with head"):
         weights.load_backbone(build_model(config), path)

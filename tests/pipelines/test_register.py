@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from cigpose.config import Config, config_from_mapping
 from pipelines import register
-from pipelines.registry.versions import Evaluation, Registry, decide, protocol_of
+from pipelines.registry.versions import Measurement, Registry, decide, protocol_of
 from pipelines.tracking import run as tracking
 
 MODEL = "cigpose-quickstart"
@@ -22,8 +22,8 @@ MODEL = "cigpose-quickstart"
 
 def evaluation(
     ap: float, data: str = "d1", protocol: str = '{"flip_test": true}', metric: str = "whole/AP"
-) -> Evaluation:
-    return Evaluation(metrics={metric: ap, "body/AP": 0.9}, data=data, protocol=protocol)
+) -> Measurement:
+    return Measurement(metrics={metric: ap, "body/AP": 0.9}, data=data, protocol=protocol)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_champion_is_not_compared_with_itself() -> None:
 
 
 def test_an_evaluation_survives_the_tags_of_a_version() -> None:
-    kept = Evaluation.from_tags({"git.revision": "abc", **evaluation(0.25).tags()})
+    kept = Measurement.from_tags({"git.revision": "abc", **evaluation(0.25).tags()})
     assert kept == evaluation(0.25)
 
 
@@ -210,7 +210,7 @@ def test_the_same_weights_evaluated_in_another_way_keep_their_version(
     (project / "data/metrics/evaluate.json").write_text(json.dumps({"whole": {"AP": 0.45}}))
     registered = register.register(config, project)
     assert (registered["version"], registered["decision"]) == (1, "is_champion")
-    assert Evaluation.from_tags(client.get_model_version(MODEL, "1").tags).metrics["whole/AP"] == 0.45
+    assert Measurement.from_tags(client.get_model_version(MODEL, "1").tags).metrics["whole/AP"] == 0.45
 
 
 def test_nothing_is_registered_without_the_metric_to_compare_by(project: Path, trained, config: Config, capsys) -> None:

@@ -14,15 +14,15 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.registry import turns
-from pipelines.registry.versions import Evaluation, Registry
+from pipelines.registry.versions import Measurement, Registry
 from pipelines.tracking import run as tracking
 
 MODEL = "raced"
 ROUNDS = int(os.environ.get("CIGPOSE_TEST_RACES", "5"))
 
 
-def evaluation(ap: float) -> Evaluation:
-    return Evaluation(metrics={"whole/AP": ap}, data="d1", protocol="{}")
+def evaluation(ap: float) -> Measurement:
+    return Measurement(metrics={"whole/AP": ap}, data="d1", protocol="{}")
 
 
 class Raced:
@@ -38,7 +38,7 @@ class Raced:
         return int(version.version)
 
     def settle(self, version: int) -> str:
-        kept = Evaluation.from_tags(self.tags(version))
+        kept = Measurement.from_tags(self.tags(version))
         return self.registry.settle(version, kept, "whole/AP", 0.0).verdict
 
     def aliases(self) -> dict[str, int]:
