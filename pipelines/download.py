@@ -9,15 +9,13 @@ Without KEY it is the one whose stage DVC runs. Resumable: kill it and run it ag
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from cigpose.config import Config, load_params
 from cigpose.download.fetch import fetch
 from cigpose.download.sources import TABLE
 from cigpose.files.addresses import without_credentials
 from pipelines.member import asked_member
-
-RAW = Path("data/raw")
+from pipelines.paths import RAW
 
 
 def say(line: str) -> None:

@@ -23,12 +23,7 @@ from cigpose.evaluate import report
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
 from cigpose.files.addresses import without_credentials
 from cigpose.model.weights import load_checkpoint
-
-CHECKPOINT = Path("data/model/model.safetensors")
-SHARDS = Path("data/shards")
-REPORT = Path("data/report")
-METRICS = Path("data/metrics/evaluate.json")
-PLOT = Path("data/plots/parts.csv")
+from pipelines.paths import METRICS, PARTS_PLOT, REPORT, SHARDS, WEIGHTS
 
 
 def main() -> None:
@@ -36,12 +31,12 @@ def main() -> None:
     try:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         evaluation = evaluate_checkpoint(
-            CHECKPOINT, load_params(), shards_root=SHARDS, results_path=REPORT / "results.json"
+            WEIGHTS, load_params(), shards_root=SHARDS, results_path=REPORT / "results.json"
         )
         assert evaluation is not None  # one process: this is rank 0
         write_page(evaluation, REPORT)
-        export_onnx(load_checkpoint(CHECKPOINT), evaluation.config, REPORT / "model.onnx")
-        report.write_parts_csv(evaluation.metrics, PLOT)
+        export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+        report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
         report.write_metrics_json(evaluation.metrics, METRICS)
     except (ValueError, OSError) as err:
         sys.exit(without_credentials(f"evaluate: {err}"))

@@ -6,13 +6,10 @@ annotations.json}. Without KEY it is the one whose stage DVC runs.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cigpose.config import load_params
 from cigpose.render import render_dataset
 from pipelines.member import asked_member
-
-RAW = Path("data/raw")
+from pipelines.paths import RAW
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = {getattr(settings, name): value for name, value in server_to_use(ROOT).items()}
         with settings.temporary_settings(chosen):
             if options.serve:
-                serve(parameters, options.cron)
+                serve_flow(parameters, options.cron)
             else:
                 print(retrain(**parameters))
     except (StageError, ConfigError, OSError, TimeoutError) as err:
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def serve(parameters: dict[str, Any], cron: str | None) -> None:
+def serve_flow(parameters: dict[str, Any], cron: str | None) -> None:
     """Stay, and run the flow by schedule or when asked to, one run at a time."""
     retrain.serve(
         name="served",

@@ -6,15 +6,12 @@ Without KEY it is the one whose stage DVC runs.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from cigpose.config import load_params
 from cigpose.files.addresses import without_credentials
 from cigpose.shard.write import write_dataset
 from pipelines.member import asked_member
-
-RAW = Path("data/raw")
-SHARDS = Path("data/shards")
+from pipelines.paths import RAW, SHARDS
 
 
 def main() -> None:

@@ -30,13 +30,12 @@ from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
 from pipelines.lineage import digest_of, file_sha256, project_root, shards_digest
+from pipelines.paths import DATA, RUNS, SHARDS
 from pipelines.tracking import run as tracking
 from pipelines.training import driver
-from pipelines.training.results import RESULTS, copy_out, forget, is_finished, seal, write_results
+from pipelines.training.results import RESULTS, copy_out, forget, is_finished, seal, write_outputs
 from pipelines.training.watch import Watch
 
-DATA = Path("data")
-SHARDS = DATA / "shards"
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 
 
@@ -108,7 +107,7 @@ def train_run(config: Config, params: dict[str, Any], folder: Path, store: Check
             result = driver.train_on_ray(config, settings, watch.on_event)
         finally:
             watch.close()
-        write_results(config, result, store, folder / RESULTS, run)
+        write_outputs(config, result, store, folder / RESULTS, run)
     seal(folder, run.run_id)
     if config.train.checkpoint.address is None:
         store.clear()  # nothing will go on from them
@@ -117,7 +116,7 @@ def train_run(config: Config, params: dict[str, Any], folder: Path, store: Check
 def run_folder(config: Config, params: dict[str, Any]) -> Path:
     """Where the run of these params works."""
     digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
-    return project_root() / ".runs" / f"{config.name}-{digest[:8]}"
+    return project_root() / RUNS / f"{config.name}-{digest[:8]}"
 
 
 def opened(config: Config, datasets: tuple[str, ...]) -> list[Any]:

@@ -188,7 +188,7 @@ def _interrupt(*_: int | FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def serve(root: Path) -> None:
+def serve_pages(root: Path) -> None:
     """Bring both up, print where they are, and wait for a signal."""
     address = tracking_address(load_params(root / "params.yaml"), root)
     servers = []
@@ -219,7 +219,7 @@ def main() -> int:
     for number in _SIGNALS:  # a shell's `&` starts its children with SIGINT off
         signal.signal(number, _interrupt)
     try:
-        serve(project_root())
+        serve_pages(project_root())
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
     except (ServerError, ValueError, OSError) as err:

@@ -1,8 +1,10 @@
-"""What may import what: the library below knows nothing of the orchestration above it."""
+"""The plan of the house (docs/architecture.md): who may use whom, how large a room is, one name for one thing."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,32 @@ import yaml
 from cigpose.config import load_preset, presets
 
 ORCHESTRATORS = {"dvc", "prefect", "ray", "mlflow", "pipelines"}
-GROUND = {"files", "keypoints", "schema", "config", "codec", "progress", "params_file", "draw"}
+GROUND = {"files", "config", "keypoints", "codec", "crop", "draw", "progress", "pool"}
 MAY_USE = {
     "files": {"files"},
+    "keypoints": set(),
+    "progress": set(),
+    "pool": set(),
+    "codec": set(),
+    "crop": set(),
+    "draw": {"keypoints"},
+    "config": {"config", "files", "keypoints"},
+    "render": GROUND | {"render"},
+    "download": GROUND | {"download"},
+    "shard": GROUND | {"shard", "download.manifest"},
+    "loader": GROUND | {"loader", "shard.index"},
     "model": GROUND | {"model"},
-    "data": GROUND | {"data"},
-    "train": GROUND | {"train", "model", "data", "evaluate"},
-    "evaluate": GROUND | {"evaluate", "model", "data"},
-    "deploy": GROUND | {"deploy", "model", "data", "evaluate"},
+    "evaluate": GROUND | {"evaluate", "loader", "model"},
+    "train": GROUND | {"train", "evaluate", "loader", "model"},
+    "deploy": GROUND | {"deploy", "evaluate", "model"},
 }
+"""Room, or module on the ground floor -> what it may import of ours; `cli` and `cigpose/__init__` may use all."""
+ROOMS_OF_PIPELINES = {"training", "tracking", "registry"}
+LARGEST_ROOM = 0.2
+LONGEST_MODULE, LONGEST_STAGE, LONGEST_FUNCTION = 400, 150, 60
+STAGES = {"render", "download", "shard", "train", "evaluate", "register"}
+SAME_IN_SEVERAL = {"main", "add_parser"}
+"""What a module has by its kind, under one name in all."""
 
 # Keys of params.yaml that change how, where or how visibly a result is made, but not the result.
 WITHOUT_EFFECT = {
@@ -40,40 +59,113 @@ WITHOUT_EFFECT = {
 
 
 def imports(file: Path) -> set[str]:
-    """Modules a file imports, wherever in it."""
+    """Modules (and names of modules) a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def library_files(root: Path) -> list[Path]:
-    return sorted((root / "cigpose").rglob("*.py"))
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """Dotted name -> file of every module of a package."""
+    files = sorted((root / package).rglob("*.py"))
+    return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def uses(root: Path, package: str) -> dict[str, set[str]]:
+    """Module of a package -> modules of the package it imports."""
+    known = modules(root, package)
+    graph: dict[str, set[str]] = {}
+    for name, file in known.items():
+        used = set()
+        for imported in imports(file):
+            while imported and imported not in known:
+                imported = imported.rpartition(".")[0]
+            used |= {imported} - {"", package, name}
+        graph[name] = used
+    return graph
+
+
+def allowed(module: str, rules: set[str]) -> bool:
+    parts = module.split(".")[1:]
+    return any(".".join(parts[:i]) in rules for i in range(1, len(parts) + 1))
 
 
 def test_the_library_knows_no_orchestrator(root: Path) -> None:
-    for file in library_files(root):
+    for file in modules(root, "cigpose").values():
         assert not {name.split(".")[0] for name in imports(file)} & ORCHESTRATORS, file
 
 
 @pytest.mark.parametrize("room", sorted(MAY_USE))
-def test_a_room_imports_only_the_rooms_below_it(root: Path, room: str) -> None:
-    for file in sorted((root / "cigpose" / room).rglob("*.py")):
-        used = {name.split(".")[1] for name in imports(file) if name.startswith("cigpose.")}
-        used &= {path.stem for path in (root / "cigpose").iterdir()}
-        assert used <= MAY_USE[room], f"{file.relative_to(root)} imports {sorted(used - MAY_USE[room])}"
+def test_a_room_uses_only_what_the_plan_allows(root: Path, room: str) -> None:
+    graph = uses(root, "cigpose")
+    inside = [name for name in graph if name.split(".")[1:2] == [room]]
+    assert inside
+    for name in inside:
+        refused = {used for used in graph[name] if not allowed(used, MAY_USE[room])}
+        assert not refused, f"{name} imports {sorted(refused)}"
 
 
-def test_the_ground_floor_stands_on_itself(root: Path) -> None:
-    for name in sorted(GROUND):
-        file = root / "cigpose" / f"{name}.py"
-        files = [file] if file.exists() else sorted((root / "cigpose" / name).glob("*.py"))
-        for file in files:
-            used = {module.split(".")[1] for module in imports(file) if module.startswith("cigpose.")}
-            assert used & {path.stem for path in (root / "cigpose").iterdir()} <= GROUND, file
+def test_every_room_has_its_rule(root: Path) -> None:
+    rooms = {name.split(".")[1] for name in modules(root, "cigpose") if "." in name}
+    assert rooms == {*MAY_USE, "cli"}
+
+
+@pytest.mark.parametrize("package", ["cigpose", "pipelines"])
+def test_no_modules_import_each_other_in_a_circle(root: Path, package: str) -> None:
+    TopologicalSorter(uses(root, package)).prepare()
+
+
+def test_rooms_of_pipelines_never_import_stages(root: Path) -> None:
+    stages = {
+        name for name, file in modules(root, "pipelines").items() if "def main(" in file.read_text(encoding="utf-8")
+    }
+    for name, used in uses(root, "pipelines").items():
+        if name.split(".")[1:2] and name.split(".")[1] in ROOMS_OF_PIPELINES:
+            assert not used & stages, f"{name} imports {sorted(used & stages)}"
+
+
+@pytest.mark.parametrize("package", ["cigpose", "pipelines"])
+def test_no_module_is_named_by_a_string(root: Path, package: str) -> None:
+    for name, file in modules(root, package).items():
+        assert "importlib" not in {imported.split(".")[0] for imported in imports(file)} or name.endswith("package"), (
+            name
+        )
+
+
+def test_no_room_holds_more_than_a_fifth_of_the_library(root: Path) -> None:
+    lines: dict[str, int] = defaultdict(int)
+    for name, file in modules(root, "cigpose").items():
+        lines[name.split(".")[1] if "." in name else ""] += len(file.read_text(encoding="utf-8").splitlines())
+    for room, count in lines.items():
+        assert count <= LARGEST_ROOM * sum(lines.values()), f"{room}: {count} of {sum(lines.values())} lines"
+
+
+@pytest.mark.parametrize("package", ["cigpose", "pipelines"])
+def test_modules_and_functions_are_short_enough_to_have_one_subject(root: Path, package: str) -> None:
+    for name, file in modules(root, package).items():
+        text = file.read_text(encoding="utf-8")
+        is_stage = name.count(".") == 1 and package == "pipelines" and name.split(".")[1] in STAGES
+        assert len(text.splitlines()) <= (LONGEST_STAGE if is_stage else LONGEST_MODULE), name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert length <= LONGEST_FUNCTION, f"{name}.{node.name}: {length} lines"
+
+
+def test_a_public_name_means_one_thing(root: Path) -> None:
+    homes = defaultdict(list)
+    for package in ("cigpose", "pipelines"):
+        for name, file in modules(root, package).items():
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                    homes[node.name].append(name)
+    twice = {name: where for name, where in homes.items() if len(where) > 1 and name not in SAME_IN_SEVERAL}
+    assert not twice
 
 
 def stage_params(root: Path) -> set[str]:

@@ -86,7 +86,7 @@ def _predict(options: argparse.Namespace) -> int:
     from cigpose.deploy.boxes import BoxFile
     from cigpose.deploy.predictor import Predictor
     from cigpose.deploy.results import file_digest, opened_folder
-    from cigpose.deploy.sources import find_media, shown
+    from cigpose.deploy.sources import find_media, utf8
 
     media = find_media(options.sources)
     boxes = BoxFile(options.boxes, min_score=options.min_box_score) if options.boxes else None
@@ -101,7 +101,7 @@ def _predict(options: argparse.Namespace) -> int:
         "min_box_score": options.min_box_score,
         "min_score": options.min_score,
         "drawings": not options.no_drawings,
-        "sources": [shown(source.resolve()) for source in options.sources],
+        "sources": [utf8(source.resolve()) for source in options.sources],
     }
     try:
         with opened_folder(options.out, asked) as results:
@@ -116,7 +116,7 @@ def _predict_all(
 ) -> int:
     """Pictures first, then each video, and a summary; one that cannot be used does not stop the others."""
     from cigpose.deploy.media import Outcome, predict_pictures, predict_video
-    from cigpose.deploy.sources import shown
+    from cigpose.deploy.sources import utf8
 
     how: dict[str, Any] = {"boxes": boxes, "draw": not options.no_drawings, "min_score": options.min_score}
     outcomes = [Outcome(skipped=list(media.refused))]
@@ -135,7 +135,7 @@ def _predict_all(
     frames = sum(outcome.frames for outcome in outcomes)
     pictures = sum(len(outcome.done) for outcome in outcomes if not outcome.frames)
     print(
-        f"{shown(results.path)}: {sum(outcome.persons for outcome in outcomes)} persons in {pictures} pictures and "
+        f"{utf8(results.path)}: {sum(outcome.persons for outcome in outcomes)} persons in {pictures} pictures and "
         f"{frames} frames, {sum(outcome.before for outcome in outcomes)} of them done before; {len(skipped)} problems"
     )
     return 1 if skipped else 0

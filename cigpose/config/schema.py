@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 from cigpose.files.addresses import without_credentials
+from cigpose.files.errors import shown
 
 T = TypeVar("T")
 
@@ -28,8 +29,6 @@ ADDRESS = {"public": "without credentials"}
 
 LARGEST = 2**63 - 1
 """Largest whole number of params.yaml."""
-SHOWN = 200
-"""Longest value in a message."""
 
 
 class ConfigError(ValueError):
@@ -84,15 +83,6 @@ def require_between(section: object, least: float, most: float, *names: str, pos
             if item is not None and not (least <= item <= most and not (positive and item == least)):
                 expected = f"more than {least} and at most {most}" if positive else f"between {least} and {most}"
                 raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
-
-
-def shown(value: object) -> str:
-    """A value for a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of more digits than Python writes
-        return f"a {type(value).__name__} too long to be shown"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def from_mapping(cls: type[T], values: Any, path: str = "") -> T:

@@ -21,8 +21,8 @@ import numpy as np
 from cigpose.deploy.boxes import BoxFile
 from cigpose.deploy.journal import Journal
 from cigpose.deploy.predictor import Poses, Predictor, check_boxes, read_image
-from cigpose.deploy.results import Results, image_ids, write_results
-from cigpose.deploy.sources import Source, shown
+from cigpose.deploy.results import Results, image_ids, write_pose_results
+from cigpose.deploy.sources import Source, utf8
 from cigpose.files.atomic import write_bytes, written_file
 from cigpose.progress import progress
 
@@ -91,7 +91,7 @@ def predict_pictures(
             images.append({"id": image_id, **{key: record[key] for key in ("file_name", "width", "height")}})
             yield image_id, record
 
-    write_results(results.path / "poses.json", records(), predictor.keypoint_set)
+    write_pose_results(results.path / "poses.json", records(), predictor.keypoint_set)
     results.note(images=images)
     return outcome
 
@@ -134,17 +134,17 @@ def predict_video(
         painter = _Painter(predictor, results, min_score)
         known = known | _predict_frames(predictor, source, journal, boxes, target, painter)
         frames = ((number, journal[number]) for number in range(known["frames"]))
-        write_results(path, frames, predictor.keypoint_set)
+        write_pose_results(path, frames, predictor.keypoint_set)
         results.note_video(source.shown, known)
     outcome.frames = known["frames"]
     outcome.persons = sum(len(journal[number]["persons"]) for number in range(outcome.frames))
     if known["declared_frames"] - outcome.frames > UNSURE_FRAMES:
         outcome.skipped.append(
-            f"{shown(source.path)}: {outcome.frames} of {known['declared_frames']} frames could be decoded; the file "
+            f"{utf8(source.path)}: {outcome.frames} of {known['declared_frames']} frames could be decoded; the file "
             "is cut or damaged, or its header is wrong. Poses are those of the decoded frames."
         )
     if boxes and not any(len(boxes.of(number)) for number in range(outcome.frames)):
-        outcome.skipped.append(f"{shown(source.path)}: the boxes name none of its {outcome.frames} frames (from 0).")
+        outcome.skipped.append(f"{utf8(source.path)}: the boxes name none of its {outcome.frames} frames (from 0).")
     return outcome
 
 
@@ -201,7 +201,7 @@ def _read(
     try:
         check_boxes(wanted, (image.shape[1], image.shape[0]))
     except ValueError as err:
-        raise ValueError(f"{shown(source.path)}: {err}") from err
+        raise ValueError(f"{utf8(source.path)}: {err}") from err
     return _Opened(source, image, stamp, wanted, is_done)
 
 
@@ -218,13 +218,13 @@ def _predict_frames(
         frames = _frames(reader)
         first = next(frames, None)
         if first is None:
-            raise ValueError(f"{shown(source.path)}: OpenCV cannot decode a single frame. Convert it to H.264 .mp4.")
+            raise ValueError(f"{utf8(source.path)}: OpenCV cannot decode a single frame. Convert it to H.264 .mp4.")
         rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
         total = max(int(reader.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
         count = 0
         with (
             _video_writer(target, rate, (first.shape[1], first.shape[0])) as show,
-            progress(total=total or None, desc=shown(source.path.name), unit="frame") as bar,
+            progress(total=total or None, desc=utf8(source.path.name), unit="frame") as bar,
         ):
             for group in _groups(enumerate(itertools.chain([first], frames)), PICTURES_AT_ONCE):
                 fresh = [(number, frame) for number, frame in group if number not in journal]
@@ -232,7 +232,7 @@ def _predict_frames(
                 try:
                     found = predictor.predict_many([frame for _, frame in fresh], wanted)
                 except ValueError as err:
-                    raise ValueError(f"{shown(source.path)}: frames from {group[0][0]}: {err}") from err
+                    raise ValueError(f"{utf8(source.path)}: frames from {group[0][0]}: {err}") from err
                 journal.append(
                     {"frame": number, "time_s": round(number / rate, 4), **_record(poses)}
                     for (number, _), poses in zip(fresh, found, strict=True)
@@ -274,13 +274,13 @@ class _Painter:
         except cv2.error:
             good = False
         if not good:
-            raise ValueError(f"{shown(target)}: OpenCV cannot encode it. Use --no-drawings for the JSON alone.")
+            raise ValueError(f"{utf8(target)}: OpenCV cannot encode it. Use --no-drawings for the JSON alone.")
         write_bytes(target, content.tobytes())
 
 
 def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
-        raise ValueError(f"{shown(target)}: exists, and `cigpose predict` did not write it. Move it elsewhere.")
+        raise ValueError(f"{utf8(target)}: exists, and `cigpose predict` did not write it. Move it elsewhere.")
 
 
 def _record(poses: Poses) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _video_writer(path: Path | None, rate: float, size: tuple[int, int]) -> Iter
         writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
         try:
             if not writer.isOpened():
-                raise ValueError(f"{shown(path)}: OpenCV cannot encode a video here. Use --no-drawings for JSON alone.")
+                raise ValueError(f"{utf8(path)}: OpenCV cannot encode a video here. Use --no-drawings for JSON alone.")
             yield lambda frame: writer.write(frame)
         finally:
             writer.release()

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from cigpose.deploy.sources import MANIFEST, shown
+from cigpose.deploy.sources import MANIFEST, utf8
 from cigpose.evaluate.coco import result_entry
 from cigpose.files.atomic import claimed, write_json, written_file
 from cigpose.keypoints import KeypointSet
@@ -65,7 +65,7 @@ class Results:
         target = self.path / DRAWN / drawing
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(self.path.resolve()):
-            raise ValueError(f"{shown(target)}: a link leads from there out of {shown(self.path)}. Remove it.")
+            raise ValueError(f"{utf8(target)}: a link leads from there out of {utf8(self.path)}. Remove it.")
         return target
 
 
@@ -83,7 +83,7 @@ def opened_folder(out: Path | None, asked: Mapping[str, Any]) -> Iterator[Result
     """
     folder = _free_folder(asked) if out is None else out
     _refuse(folder, asked)
-    with claimed(folder / _LOCK, f"a `cigpose predict` into {shown(folder)}"):
+    with claimed(folder / _LOCK, f"a `cigpose predict` into {utf8(folder)}"):
         _refuse(folder, asked)  # another may have begun meanwhile
         found = _read_manifest(folder) if (folder / MANIFEST).exists() else {}
         results = Results(folder, asked, {key: value for key, value in found.items() if key in _FOUND})
@@ -98,9 +98,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except ValueError as err:
-        raise ValueError(f"{shown(folder / MANIFEST)}: not valid JSON ({err}). Give another --out.") from err
+        raise ValueError(f"{utf8(folder / MANIFEST)}: not valid JSON ({err}). Give another --out.") from err
     if not isinstance(content, dict) or not isinstance(content.get(_ASKED), dict):
-        raise ValueError(f"{shown(folder / MANIFEST)}: not written by `cigpose predict`. Give another --out.")
+        raise ValueError(f"{utf8(folder / MANIFEST)}: not written by `cigpose predict`. Give another --out.")
     return content
 
 
@@ -111,7 +111,7 @@ def file_digest(path: Path) -> str:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{shown(path)}: not found.")
+        raise FileNotFoundError(f"{utf8(path)}: not found.")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -129,20 +129,20 @@ def _refuse(folder: Path, asked: Mapping[str, Any]) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise ValueError(f"{shown(folder)}: is not a folder. Give a new or empty folder as --out.")
+        raise ValueError(f"{utf8(folder)}: is not a folder. Give a new or empty folder as --out.")
     if (folder / MANIFEST).exists():
         before = _read_manifest(folder)[_ASKED]
         if differing := sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key)):
             raise ValueError(
-                f"{shown(folder)}: holds the results of another run, which differs in {', '.join(differing)}. Give "
+                f"{utf8(folder)}: holds the results of another run, which differs in {', '.join(differing)}. Give "
                 "another --out, or none for a new folder."
             )
         return
-    others = sorted(shown(path.name) for path in folder.iterdir() if not _is_our_beginning(path.name))
+    others = sorted(utf8(path.name) for path in folder.iterdir() if not _is_our_beginning(path.name))
     if others:
         more = f" and {len(others) - _SHOWN_FILES} more" if len(others) > _SHOWN_FILES else ""
         raise ValueError(
-            f"{shown(folder)}: holds files that `cigpose predict` did not write ({', '.join(others[:_SHOWN_FILES])}"
+            f"{utf8(folder)}: holds files that `cigpose predict` did not write ({', '.join(others[:_SHOWN_FILES])}"
             f"{more}), and writes over none. Give a new or empty folder as --out."
         )
 
@@ -159,7 +159,7 @@ def image_ids(names: Iterable[Path]) -> list[int]:
     return numbers if len(set(numbers)) == len(stems) else list(range(1, len(stems) + 1))
 
 
-def write_results(path: Path, records: Iterable[tuple[int, Mapping[str, Any]]], keypoint_set: KeypointSet) -> None:
+def write_pose_results(path: Path, records: Iterable[tuple[int, Mapping[str, Any]]], keypoint_set: KeypointSet) -> None:
     """Write a COCO result file of (image_id, record) pairs, whole."""
     with written_file(path) as part, part.open("w", encoding="ascii") as file:
         file.write("[")

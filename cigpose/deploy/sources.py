@@ -28,7 +28,7 @@ class Source:
     @property
     def shown(self) -> str:
         """The name as text, whatever bytes it has."""
-        return shown(self.name)
+        return utf8(self.name)
 
     def stamp(self) -> dict[str, int]:
         """What changes when the file does."""
@@ -46,7 +46,7 @@ class Media:
     """A sentence for each file that is named like a picture but cannot be opened safely."""
 
 
-def shown(path: str | Path) -> str:
+def utf8(path: str | Path) -> str:
     """A path as UTF-8 text: bytes that are none are written as backslash escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -65,7 +65,7 @@ def find_media(sources: Sequence[Path]) -> Media:
         FileNotFoundError: one does not exist, or a folder holds no picture.
         ValueError: one is neither a file nor a folder, such as a pipe or a device.
     """
-    if missing := [shown(source) for source in sources if not source.exists()]:
+    if missing := [utf8(source) for source in sources if not source.exists()]:
         raise FileNotFoundError(f"{', '.join(missing)}: no such picture, folder or video.")
     distinct = list({source.resolve(): source for source in sources}.values())
     media, taken = Media(), {"poses", Path(MANIFEST).stem}  # the names of our own files
@@ -74,7 +74,7 @@ def find_media(sources: Sequence[Path]) -> Media:
             label = Path() if len(distinct) == 1 else Path(_free(taken, source.resolve().name, ""))
             _add_folder(media, source, label)
         elif not source.is_file():
-            raise ValueError(f"{shown(source)}: neither a file nor a folder. Give a picture, a folder or a video.")
+            raise ValueError(f"{utf8(source)}: neither a file nor a folder. Give a picture, a folder or a video.")
         elif source.suffix.lower() in VIDEOS:
             media.videos.append(_source(source, taken, source.stem, "", ".mp4"))
         else:
@@ -92,7 +92,7 @@ def _free(taken: set[str], stem: str, *endings: str) -> str:
     """`stem` or, where a name made of it is taken, `stem-2` and so on."""
     for number in itertools.count(1):
         candidate = stem if number == 1 else f"{stem}-{number}"
-        claims = {shown(candidate + ending) for ending in endings}
+        claims = {utf8(candidate + ending) for ending in endings}
         if not claims & taken:
             taken |= claims
             return candidate
@@ -106,15 +106,15 @@ def _add_folder(media: Media, folder: Path, label: Path) -> None:
         name = label / path.relative_to(folder)
         source = Source(path=path, name=name, drawing=name)
         if not path.is_file():
-            media.refused.append(f"{shown(path)}: not a regular file.")
+            media.refused.append(f"{utf8(path)}: not a regular file.")
         elif source.shown in names:
-            media.refused.append(f"{shown(path)}: another picture has this name but for bytes that are not UTF-8.")
+            media.refused.append(f"{utf8(path)}: another picture has this name but for bytes that are not UTF-8.")
         else:
             names.add(source.shown)
             media.pictures.append(source)
     if not count:
         known = " ".join(sorted(PICTURES))
-        raise FileNotFoundError(f"{shown(folder)}: no pictures in it; known endings: {known}.")
+        raise FileNotFoundError(f"{utf8(folder)}: no pictures in it; known endings: {known}.")
 
 
 def _pictures_below(folder: Path, refused: list[str]) -> Iterator[Path]:

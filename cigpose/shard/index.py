@@ -67,7 +67,7 @@ class ShardIndex:
     """What was put right -> how many pictures."""
 
 
-class _IndexFaultError(ValueError):
+class _FaultError(ValueError):
     """A clause: what of an index cannot be."""
 
 
@@ -80,7 +80,7 @@ def parse_index(text: str | bytes, where: str) -> ShardIndex:
     try:
         values = json.loads(text)
         if not isinstance(values, dict) or "format" not in values:
-            raise _IndexFaultError("no JSON object with a format")
+            raise _FaultError("no JSON object with a format")
         if values["format"] not in _READABLE or type(values["format"]) is not int:
             found, readable = _short(values["format"]), " and ".join(map(str, _READABLE))
             raise DataError(
@@ -88,7 +88,7 @@ def parse_index(text: str | bytes, where: str) -> ShardIndex:
             )
         entries = values.get("shards")
         if not isinstance(entries, list) or not entries:
-            raise _IndexFaultError("it lists no shards")
+            raise _FaultError("it lists no shards")
         shards = tuple(_entry(entry, number) for number, entry in enumerate(entries, start=1))
         _check_listed_once(shards)
         return _index(values, shards)
@@ -104,23 +104,23 @@ def parse_index(text: str | bytes, where: str) -> ShardIndex:
 
 def _entry(values: Any, number: int) -> ShardEntry:
     if not isinstance(values, dict):
-        raise _IndexFaultError(f"shard {number} is no object")
+        raise _FaultError(f"shard {number} is no object")
     _check_keys(values, ShardEntry, f"shard {number}")
     name = values["name"]
     if not _is_plain(name, ".tar"):
-        raise _IndexFaultError(
+        raise _FaultError(
             f"the name of shard {number} is {_short(name)}, expected letters, digits, . _ - and .tar at the end"
         )
     if not _is_sha256(values["sha256"]):
-        raise _IndexFaultError(f"the sha256 of {name} is {_short(values['sha256'])}, expected 64 hex digits")
+        raise _FaultError(f"the sha256 of {name} is {_short(values['sha256'])}, expected 64 hex digits")
     for key in ("bytes", *_COUNTS):
         if not _is_count(values[key]):
-            raise _IndexFaultError(f"{key} of {name} is {_short(values[key])}, expected a whole number from 0")
+            raise _FaultError(f"{key} of {name} is {_short(values[key])}, expected a whole number from 0")
     size = values["bytes"]
     if size > _LARGEST_SHARD or size < _LEAST_SAMPLE * values["images"]:
-        raise _IndexFaultError(f"{name} cannot hold {values['images']} images in {size} bytes")
+        raise _FaultError(f"{name} cannot hold {values['images']} images in {size} bytes")
     if values["persons"] + values["detections"] > size:
-        raise _IndexFaultError(
+        raise _FaultError(
             f"{name} cannot hold {values['persons']} persons and {values['detections']} boxes in {size} bytes"
         )
     return ShardEntry(**values)
@@ -133,7 +133,7 @@ def _check_listed_once(shards: tuple[ShardEntry, ...]) -> None:
             value = getattr(shard, what)
             if value in seen:
                 other = "" if what == "name" else f" (as {seen[value]} too)"
-                raise _IndexFaultError(f"{shard.name} is listed twice{other}; its people would count twice")
+                raise _FaultError(f"{shard.name} is listed twice{other}; its people would count twice")
             seen[value] = shard.name
 
 
@@ -141,30 +141,30 @@ def _index(values: dict[str, Any], shards: tuple[ShardEntry, ...]) -> ShardIndex
     _check_keys(values, ShardIndex, "the index")
     for key in ("dataset", "keypoints"):
         if not isinstance(values[key], str):
-            raise _IndexFaultError(f"{key} is {_short(values[key])}, expected a name")
+            raise _FaultError(f"{key} is {_short(values[key])}, expected a name")
     for key in ("num_keypoints", *_COUNTS):
         if not _is_count(values[key]):
-            raise _IndexFaultError(f"{key} is {_short(values[key])}, expected a whole number from 0")
+            raise _FaultError(f"{key} is {_short(values[key])}, expected a whole number from 0")
     for key in _COUNTS:
         if values[key] != (total := sum(getattr(shard, key) for shard in shards)):
-            raise _IndexFaultError(f"{values[key]} {key} in all, but the shards listed hold {total}")
+            raise _FaultError(f"{values[key]} {key} in all, but the shards listed hold {total}")
     truth = values["ground_truth"]
     if truth is not None and (not _is_plain(truth, ".json") or truth == INDEX):
-        raise _IndexFaultError(f"ground_truth is {_short(truth)}, expected a plain name that ends in .json")
+        raise _FaultError(f"ground_truth is {_short(truth)}, expected a plain name that ends in .json")
     digest = values.get("ground_truth_sha256")
     if digest is not None and not _is_sha256(digest):
-        raise _IndexFaultError(f"ground_truth_sha256 is {_short(digest)}, expected 64 hex digits")
+        raise _FaultError(f"ground_truth_sha256 is {_short(digest)}, expected 64 hex digits")
     if (truth is None and digest is not None) or (truth is not None and digest is None and values["format"] > 1):
-        raise _IndexFaultError("ground_truth and ground_truth_sha256 come together or not at all")
+        raise _FaultError("ground_truth and ground_truth_sha256 come together or not at all")
     for key, is_right in (("dropped", _is_count), ("mended", _is_count), ("sources", _is_sha256)):
         table = values.get(key, {})
         if not isinstance(table, dict) or not all(map(is_right, table.values())):
-            raise _IndexFaultError(
+            raise _FaultError(
                 f"{key} is {_short(table)}, expected {'digests' if key == 'sources' else 'counts'} by name"
             )
     bad = values.get("bad", {})
     if not isinstance(bad, dict) or not _is_count(bad.get("count", 0)) or not _are_texts(bad.get("examples", [])):
-        raise _IndexFaultError(f"bad is {_short(bad)}, expected a count and examples")
+        raise _FaultError(f"bad is {_short(bad)}, expected a count and examples")
     return ShardIndex(**{**values, "shards": shards})
 
 
@@ -172,9 +172,9 @@ def _check_keys(values: dict[str, Any], kind: type, where: str) -> None:
     known = {entry.name for entry in fields(kind)}
     needed = {entry.name for entry in fields(kind) if entry.default_factory is MISSING and entry.default is MISSING}
     if missing := sorted(needed - values.keys()):
-        raise _IndexFaultError(f"{where} has no {missing[0]}")
+        raise _FaultError(f"{where} has no {missing[0]}")
     if unknown := sorted(values.keys() - known):
-        raise _IndexFaultError(f"{where} has a key {_short(unknown[0])}, which this version does not know")
+        raise _FaultError(f"{where} has a key {_short(unknown[0])}, which this version does not know")
 
 
 def _is_plain(name: Any, ending: str) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from cigpose.files.archives import Extent
-from cigpose.files.errors import DataError
+from cigpose.files.errors import DataError, shown
 from cigpose.keypoints import KeypointSet
 from cigpose.shard.persons import (
     OTHER_PERSON_CATEGORY,
@@ -27,7 +27,6 @@ from cigpose.shard.persons import (
     is_id,
     person_categories,
     person_record,
-    shown,
 )
 
 _NO_CATEGORY = -1

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from cigpose.files.errors import DataError
+from cigpose.files.errors import DataError, shown
 from cigpose.keypoints import KeypointSet
 
 CROWD = "crowd"
@@ -150,15 +150,6 @@ def _numbers(values: Any, count: int, name: str, note: str = "") -> list[float]:
     if not _finite(values):
         raise DataError(f"{name} holds NaN, infinite values, or something that is no number")
     return values
-
-
-def shown(value: Any) -> str:
-    """A value of a file as messages quote it: shortened, so that no file fills a screen."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _finite(values: list[Any]) -> bool:

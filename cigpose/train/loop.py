@@ -29,7 +29,7 @@ from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.meter import Meter
 from cigpose.train.optim import learning_rates
 from cigpose.train.state import TrainState, random_state, refuse_changed_params, set_random_state
-from cigpose.train.step import Batch, refuse_non_finite, to_device, train_step
+from cigpose.train.step import Batch, refuse_diverged, to_device, train_step
 
 Record = dict[str, Any]
 
@@ -226,7 +226,7 @@ class _Training:
         generators = workers.gather(random_state())
         if generators is not None:
             tensors, values = state.state_dict()
-            refuse_non_finite(state.model)
+            refuse_diverged(state.model)
             values |= {"params": self.place.params, "random": generators}
             name = self.place.store.save(state.step, {key: t.cpu() for key, t in tensors.items()}, values)
             self.listener.on_checkpoint(name)

@@ -149,7 +149,7 @@ class FiniteCheck:
 
 
 @torch.no_grad()
-def refuse_non_finite(model: nn.Module) -> None:
+def refuse_diverged(model: nn.Module) -> None:
     """Raise NonFiniteLossError if a weight is NaN or infinite, so that no checkpoint keeps it."""
     if not bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()):
         raise NonFiniteLossError(

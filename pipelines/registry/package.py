@@ -34,7 +34,15 @@ from packaging.requirements import Requirement
 
 import cigpose
 from cigpose.config import Config, public_params
-from pipelines.lineage import content_digest, digest_of, dvc_hashes, git_revision, read_shard_index, shards_digest
+from pipelines.lineage import (
+    content_digest,
+    digest_of,
+    dvc_hashes,
+    git_revision,
+    read_shard_index,
+    shards_digest,
+)
+from pipelines.paths import MODEL, REPORT, WEIGHTS
 from pipelines.registry.versions import Measurement
 
 DISTRIBUTION = "cigpose-pipelines"
@@ -292,3 +300,35 @@ def model_card(package: Package) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Measurement) -> Package:
+    """Gather the parts of a complete model.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    report = root / REPORT
+    pictures = [path for path in sorted((report / "pictures").glob("*")) if path.suffix in (".jpg", ".png")]
+    package = Package(
+        config=config,
+        weights=root / WEIGHTS,
+        params=root / MODEL / "params.yaml",
+        onnx=report / "model.onnx",
+        evaluation=evaluation,
+        lineage=read_lineage(config, root),
+        pictures=pictures[: config.registry.pictures],
+        run=run_info,
+    )
+    for path in (package.weights, package.params, package.onnx):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found. `dvc repro` makes it.")
+    return package
+
+
+def origin_tags(package: Package) -> dict[str, str]:
+    """Tags of a version that say where it comes from."""
+    lineage = package.lineage
+    tags = {f"data.{name}": facts["content"] for name, facts in lineage["datasets"].items()}
+    tags |= {"git.revision": lineage["git_revision"] or "none", "dvc.lock": lineage["dvc_lock"] or "none"}
+    return tags | {"cigpose.preset": package.config.name, "keypoints": package.config.keypoint_set.name}

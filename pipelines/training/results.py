@@ -23,7 +23,7 @@ from pipelines.training import curves
 RESULTS, DONE = "results", "DONE"
 
 
-def write_results(config: Config, result: dict[str, Any], store: CheckpointStore, folder: Path, run: Any) -> None:
+def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore, folder: Path, run: Any) -> None:
     """The stage's outputs, laid out in `folder` as below data/; an earlier `folder` is replaced when they are whole."""
     best, history = result["best"], result["history"]
     facts = {

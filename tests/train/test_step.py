@@ -8,7 +8,7 @@ from torch import nn
 
 from cigpose.model.estimator import build_model
 from cigpose.train.build import state_around
-from cigpose.train.step import Losses, NonFiniteLossError, refuse_non_finite, resolved_precision, train_step
+from cigpose.train.step import Losses, NonFiniteLossError, refuse_diverged, resolved_precision, train_step
 
 compile_module = nn.Module.compile
 CPU = torch.device("cpu")
@@ -98,11 +98,11 @@ def test_the_bad_one_of_several_micro_batches_is_named(tiny_config: Any, batch: 
 
 def test_weights_that_are_no_numbers_are_not_kept(tiny_config: Any) -> None:
     state = plain_state(tiny_config)
-    refuse_non_finite(state.model)
+    refuse_diverged(state.model)
     with torch.no_grad():
         state.model.linear.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteLossError, match="no checkpoint was written"):
-        refuse_non_finite(state.model)
+        refuse_diverged(state.model)
 
 
 def test_clipping_limits_the_gradient_and_reports_its_norm_before(tiny_config: Any, batch: Any) -> None:

@@ -10,10 +10,10 @@ import orjson
 
 from cigpose.config import DatasetConfig
 from cigpose.files.archives import Extent, MemberLookup, list_members, open_spec, split_spec
-from cigpose.files.errors import DataError
+from cigpose.files.errors import DataError, shown
 from cigpose.files.jsonstream import LIST, parse_element, split_arrays
 from cigpose.shard.intake import Intake, Picture
-from cigpose.shard.persons import is_id, shown
+from cigpose.shard.persons import is_id
 
 _LARGEST_SIDE = 65_535
 """Pixels; the most that a JPEG can have."""

@@ -1,0 +1,14 @@
+"""Where the stages read and write, below the project's folder; dvc.yaml names the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DATA = Path("data")
+RAW, SHARDS = DATA / "raw", DATA / "shards"
+MODEL, REPORT = DATA / "model", DATA / "report"
+WEIGHTS = MODEL / "model.safetensors"
+METRICS, PARTS_PLOT = DATA / "metrics/evaluate.json", DATA / "plots/parts.csv"
+REGISTERED = DATA / "registered.json"
+RUNS = Path(".runs")
+"""Work states of trainings, and their records for MLflow; not an output of DVC, which deletes those."""
