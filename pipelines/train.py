@@ -33,10 +33,8 @@ from pipelines.lineage import digest_of, file_sha256, project_root, shards_diges
 from pipelines.paths import DATA, RUNS, SHARDS
 from pipelines.tracking import run as tracking
 from pipelines.training import driver
-from pipelines.training.results import RESULTS, copy_out, forget, is_finished, seal, write_outputs
+from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
 from pipelines.training.watch import Watch
-
-OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from pipelines.lineage import file_sha256
 from pipelines.training import curves
 
+OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 RESULTS, DONE = "results", "DONE"
 
 

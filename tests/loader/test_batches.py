@@ -63,7 +63,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(f"{picture.dataset}/{picture.key}")
         return decode(picture, *rest)
 
-    monkeypatch.setattr(crops_module, "decode", spy)
+    monkeypatch.setattr(crops_module, "decode_picture", spy)
     return seen
 
 

@@ -45,7 +45,7 @@ def trained(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         raise ValueError("trained")
 
     monkeypatch.chdir(stage.folder)
-    monkeypatch.setattr(train, "train", note)
+    monkeypatch.setattr(train, "train_run", note)
     return folders
 
 

@@ -393,7 +393,7 @@ def test_the_stage_writes_the_dataset_that_params_name(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"expected one dataset, got \[\]"),
+        ([], r"expected one key of data.render in params.yaml, got \[\]"),
         (["nosuch"], r"data.render has no 'nosuch', only \['rendered-train', 'rendered-val'\]"),
     ],
     ids=["no name", "unknown name"],
