@@ -1,31 +1,40 @@
 # `make quickstart` and `make test` are all a fresh machine needs (Python 3.11 or later, git, gcc, make).
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2# processes that run tests
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install quickstart test lint format retrain ui bench clean
+.PHONY: help install constraints quickstart check test lint format retrain ui bench clean
 
 help:                ## what can be made
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: $(VENV)/.installed   ## the virtual environment, with everything in it
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "== $(VENV): installing (2 minutes or so; every version is a wheel)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; try make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipelines,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipelines,dev]'
 	@touch $@
+
+constraints:         ## write constraints.txt from the environment, once its tests have passed
+	@{ echo "# Versions that passed the tests together; \`make constraints\` writes them."; \
+	   $(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+[a-z0-9.]*$$//'; } > .constraints.part
+	@mv .constraints.part constraints.txt
 
 quickstart: install  ## render, shard, train, evaluate, register: `dvc repro` with the committed params.yaml
 	@dvc repro
 	@python -m pipelines.register --show
 
+check: lint          ## what to run before each commit, a minute at most: lint, types, the fast tests
+	@python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
+
 test: install        ## the whole test suite
-	@python -m pytest
+	@python -m pytest -n $(JOBS) --dist loadfile
 
 lint: install        ## ruff, mypy, codespell
 	@ruff check . && ruff format --check . && mypy && codespell

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,11 +15,19 @@ import pytest
 import pipelines  # noqa: F401  (quiets every tool before it is imported)
 
 os.environ.setdefault("CIGPOSE_NO_PROGRESS", "1")
+# Threads of torch that wait for busy cores cost ten times their work; the commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test run in a shell's background ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["scripted_host", "sharder", "tiny_shards"]  # fixtures of several rooms; in tests/support
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no process is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import math
 from typing import Any
 
 import mlflow
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 
 class PoseService(PythonModel):

@@ -83,19 +83,19 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
 
 def _trainer(cluster: ClusterConfig, settings: dict[str, Any], storage: Path, use_gpu: bool) -> TorchTrainer:
     elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
-    return TorchTrainer(
-        work,
+    return TorchTrainer(  # Ray's annotations are those of its former Train API
+        work,  # type: ignore[arg-type]
         train_loop_config=settings,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,
+            num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cluster.threads_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
             name="workers",
             storage_path=str(storage),
-            failure_config=FailureConfig(
+            failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=cluster.max_failures,
                 controller_failure_limit=STARTS_WAITED_FOR if os.environ.get("RAY_ADDRESS") else 1,
             ),
@@ -109,7 +109,7 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
 
     def fit() -> None:
         try:
-            outcome["result"] = trainer.fit().return_value
+            outcome["result"] = trainer.fit().return_value  # type: ignore[attr-defined]
         except BaseException as err:
             outcome["error"] = err
 
