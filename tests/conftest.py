@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first, so that no process is left alone with one at the end."""
+    """The longest files first, so that no process is left alone with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], str(item.path)))
+    items.sort(key=lambda item: ("pipelines" not in item.path.parts, -slow[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,7 @@ def test_no_secret_is_in_anything_that_is_kept_or_shown(
     trained(config, seed=1, whole_ap=0.6)
     model = build_model(config)
     save_weights(project / "data/model/model.safetensors", model.state_dict(), config)
+    (project / "data/report/model.onnx").unlink()  # the fixture's stand-in
     export_onnx(model, config, project / "data/report/model.onnx")
     params = {"data.download.drive_ids": {"videos.zip": SECRET}, "registry": config.to_mapping()["registry"]}
     lock = {"schema": "2.0", "stages": {"register": {"cmd": "x", "params": {"params.yaml": params}}}}
