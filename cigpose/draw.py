@@ -6,6 +6,8 @@ Used by the contact sheets of evaluation and by the predictor. Coordinates are p
 from __future__ import annotations
 
 import colorsys
+import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -24,6 +26,8 @@ OUTLINE: Color = (30, 30, 30)
 _SHIFT = 4  # cv2 draws at 1/16 pixel
 _FAINT = 0.45  # opacity of doubtful limbs
 _FAR = 1e6  # pixels; anything beyond cannot be meant
+_PAPER = (cv2.BORDER_CONSTANT, None, (255, 255, 255))
+_LEAST_SCALE = 0.7  # of a row of a packed page
 
 
 def keypoint_colors(keypoint_set: KeypointSet) -> list[Color]:
@@ -38,15 +42,6 @@ def keypoint_colors(keypoint_set: KeypointSet) -> list[Color]:
             elif "hand" in part:
                 colors[k] = _finger_color(position, len(members), left=part.startswith("left"))
     return colors
-
-
-def part_color(part: str) -> Color:
-    """One BGR colour for a whole part, as the charts of a report use it."""
-    if part.startswith("left"):
-        return LEFT
-    if part.startswith("right"):
-        return RIGHT
-    return {"face": (205, 170, 140), "foot": (120, 120, 230), "whole": (110, 90, 70)}.get(part, MIDDLE)
 
 
 def draw_poses(
@@ -109,6 +104,65 @@ def label_picture(image: np.ndarray, text: str) -> np.ndarray:
     strip[:] = strip // 3
     cv2.putText(canvas, text, (5, height + 3), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
     return canvas
+
+
+def pack_pictures(pictures: Sequence[np.ndarray], *, aspect: float = 1.4, margin: int = 6) -> np.ndarray:
+    """Pictures of one height and any width on white paper, row by row in their order, packed closely.
+
+    Rows are broken so that they come out nearly equally wide; wider ones are made smaller, to no less than 0.7.
+
+    Args:
+        pictures: uint8 (H, W_i, 3), at least one.
+        aspect: width by height that the page should roughly have.
+        margin: white pixels around each picture.
+
+    Returns: uint8 (H', W', 3).
+    """
+    widths = [picture.shape[1] + margin for picture in pictures]
+    height = pictures[0].shape[0] + margin
+    most = 2 * math.ceil(math.sqrt(sum(widths) / height / aspect)) + 1
+    plans = [_plan(rows, widths, height, aspect) for rows in _row_breaks(widths, min(most, len(widths)))]
+    _, rows, page_width = min(plans, key=lambda plan: plan[0])
+    strips = []
+    for row in rows:
+        strip = np.hstack([cv2.copyMakeBorder(pictures[i], 0, margin, 0, margin, *_PAPER) for i in row])
+        if (scale := page_width / strip.shape[1]) < 1:
+            strip = cv2.resize(strip, (page_width, round(strip.shape[0] * scale)), interpolation=cv2.INTER_AREA)
+        strips.append(cv2.copyMakeBorder(strip, 0, 0, margin, page_width - strip.shape[1], *_PAPER))
+    return cv2.copyMakeBorder(np.vstack(strips), margin, 0, 0, 0, *_PAPER)
+
+
+def _plan(
+    rows: list[list[int]], widths: Sequence[int], height: int, aspect: float
+) -> tuple[float, list[list[int]], int]:
+    """How bad a page of these rows would be, the rows, and the width of the page."""
+    lengths = [sum(widths[i] for i in row) for row in rows]
+    page_width = max(min(lengths), math.ceil(_LEAST_SCALE * max(lengths)))
+    heights = [height * min(1.0, page_width / length) for length in lengths]
+    used = sum(min(length, page_width) * h for length, h in zip(lengths, heights, strict=True))
+    shape = page_width / sum(heights)
+    empty = 1 - used / (page_width * sum(heights))
+    return empty + 0.25 * abs(math.log(shape / aspect)) + 0.25 * (max(lengths) / page_width - 1), rows, page_width
+
+
+def _row_breaks(widths: Sequence[int], most: int) -> list[list[list[int]]]:
+    """For 1 to `most` rows the consecutive ones of most even length (least sum of squares)."""
+    ends = np.concatenate([[0], np.cumsum(widths)]).astype(np.float64)
+    count = len(widths)
+    square = np.where(np.tri(count + 1, k=-1, dtype=bool), (ends[:, None] - ends[None]) ** 2, np.inf)  # end, begin
+    cost = np.where(np.arange(count + 1) == 0, 0.0, np.inf)
+    begins: list[np.ndarray] = []
+    found = []
+    for _ in range(most):
+        table = square + cost[None]
+        begins.append(table.argmin(axis=1))
+        cost = table.min(axis=1)
+        rows, end = [], count
+        for begin in reversed(begins):
+            rows.append(list(range(int(begin[end]), end)))
+            end = int(begin[end])
+        found.append(rows[::-1])
+    return found
 
 
 def _check(image: np.ndarray, keypoints: np.ndarray, scores: np.ndarray, keypoint_set: KeypointSet) -> None:

@@ -2,8 +2,8 @@
 
 data/report/results.json        COCO results, which other tools score identically
 data/report/predictions.npz     every person, every keypoint, every score
-data/report/report.md           protocol, tables, charts and pictures on one page
-data/report/pictures/*.jpg      predictions beside the labels
+data/report/report.html         one page: figures, curves, kinds of error, people, pictures, protocol
+data/report/pictures/*.jpg      predictions beside the labels, contact sheets
 data/report/model.onnx          the network, checked against torch
 data/metrics/evaluate.json      {part: {figure: value}}
 data/plots/parts.csv            AP and AR per part
@@ -21,9 +21,10 @@ from cigpose.config import Config, load_params
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
+from cigpose.evaluate.page import write_page
 from cigpose.files.addresses import without_credentials
 from cigpose.model.weights import load_checkpoint
-from pipelines.paths import METRICS, PARTS_PLOT, REPORT, SHARDS, WEIGHTS
+from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS
 
 
 def main() -> None:
@@ -34,39 +35,33 @@ def main() -> None:
             WEIGHTS, load_params(), shards_root=SHARDS, results_path=REPORT / "results.json"
         )
         assert evaluation is not None  # one process: this is rank 0
-        write_page(evaluation, REPORT)
+        write_results(evaluation, REPORT)
         export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
         report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
         report.write_metrics_json(evaluation.metrics, METRICS)
     except (ValueError, OSError) as err:
         sys.exit(without_credentials(f"evaluate: {err}"))
     metric = evaluation.config.evaluate.metric
-    print(f"{evaluation.config.data.val}: {metric} {evaluation.metrics.get(metric, float('nan')):.4f}")
+    speed = len(evaluation.predictions) / evaluation.seconds  # not on the page: the same model gives the same bytes
+    value = evaluation.metrics.get(metric, float("nan"))
+    print(f"{evaluation.config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
     print(report.parts_table(evaluation.metrics), end="")
 
 
-def write_page(evaluation: Evaluation, folder: Path) -> Path:
-    """Predictions, pictures, charts and the page that shows them."""
+def write_results(evaluation: Evaluation, folder: Path) -> None:
+    """Predictions, contact sheets and the page; the curves of the training come with its data/model."""
     config = evaluation.config
     shards = open_shards(config, config.data.val, SHARDS)
     evaluation.predictions.save(folder / "predictions.npz")
-    pages = report.contact_sheets(
+    report.contact_sheets(
         sample_pictures(shards, config.registry.pictures),
         evaluation.predictions,
         config.keypoint_set,
         folder / "pictures",
         truth=evaluation.truth,
     )
-    charts = report.write_charts(evaluation.metrics, evaluation.predictions, config.keypoint_set, folder / "charts")
-    by_id = config.evaluate.boxes == "ground_truth"
-    return report.write_report(
-        folder / "report.md",
-        title=f"{config.name} on {config.data.val}",
-        facts=protocol(config, evaluation),
-        metrics=evaluation.metrics,
-        pck_table=report.pck(evaluation.predictions, evaluation.truth, config.keypoint_set) if by_id else None,
-        pictures=[*charts, *pages],
-    )
+    facts = protocol(config, evaluation)
+    write_page(folder / "report.html", evaluation, shards, facts=facts, loss=LOSS_PLOT, validation=VALIDATION_PLOT)
 
 
 def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:

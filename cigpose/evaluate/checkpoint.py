@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.loader.batches import eval_loader
-from cigpose.loader.shards import ShardFiles, ShardSet
+from cigpose.loader.shards import ShardFiles, ShardSet, ShardTable
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress
@@ -37,6 +38,8 @@ class Evaluation:
     truth: GroundTruth
     config: Config
     """The model's own, with the dataset and the protocol of this evaluation."""
+    seconds: float
+    """It took to predict the people, reading them included."""
 
 
 def evaluate_checkpoint(
@@ -77,17 +80,19 @@ def evaluate_checkpoint(
     config = merge_config(model.config, config, where=str(checkpoint))
     dataset = dataset or config.data.val
     shards = open_shards(config, dataset, shards_root)
+    start = time.perf_counter()
     shares = [predict_share(model.to(device), config, shards, shards_root, device, rank, world)]
     if gather is not None:
         gathered = gather(shares[0])
         if gathered is None:
             return None
         shares = list(gathered)
+    seconds = time.perf_counter() - start
     predictions = Predictions.concatenate(shares)
     refuse_incomplete(predictions, shards, config)
     truth = dataset_truth(shards, config)
     metrics = evaluate_predictions(predictions, truth, config.keypoint_set, config.evaluate, results_path)
-    return Evaluation(metrics=metrics, predictions=predictions, truth=truth, config=config)
+    return Evaluation(metrics=metrics, predictions=predictions, truth=truth, config=config, seconds=seconds)
 
 
 def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
@@ -170,16 +175,33 @@ def sample_pictures(shards: ShardSet, count: int) -> Iterator[tuple[int, np.ndar
     Raises:
         ValueError: a picture cannot be decoded.
     """
-    files, total = ShardFiles(), shards.index.images
+    total = shards.index.images
     wanted = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
     bounds = np.cumsum([0, *(entry.images for entry in shards.index.shards)])
+    files = ShardFiles()
     for position in wanted:
         number = int(np.searchsorted(bounds, position, side="right")) - 1
-        row = int(position - bounds[number])
+        yield _picture(files, shards.table(number), int(position - bounds[number]))
+
+
+def pictures_of(shards: ShardSet, image_ids: Container[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Pictures by their ids, in the order of the shards: (image id, uint8 (H, W, 3) BGR). Unknown ids are passed over.
+
+    Raises:
+        ValueError: a picture cannot be decoded.
+    """
+    files = ShardFiles()
+    for number in range(len(shards.index.shards)):
         table = shards.table(number)
-        record = files.record(table.path, table.json_extents[row].tolist())
-        pixels = np.frombuffer(files.read(table.path, table.jpeg_extents[row].tolist()), dtype=np.uint8)
-        image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
-        if image is None:
-            raise ValueError(f"{table.path}: {table.keys[row]}.jpg cannot be decoded. Run `dvc repro shard` again.")
-        yield int(record["image_id"]), image
+        for row, extent in enumerate(table.json_extents.tolist()):
+            if int(files.record(table.path, extent)["image_id"]) in image_ids:
+                yield _picture(files, table, row)
+
+
+def _picture(files: ShardFiles, table: ShardTable, row: int) -> tuple[int, np.ndarray]:
+    record = files.record(table.path, table.json_extents[row].tolist())
+    pixels = np.frombuffer(files.read(table.path, table.jpeg_extents[row].tolist()), dtype=np.uint8)
+    image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f"{table.path}: {table.keys[row]}.jpg cannot be decoded. Run `dvc repro shard` again.")
+    return int(record["image_id"]), image

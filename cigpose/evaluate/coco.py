@@ -119,8 +119,9 @@ def run_part(
     keypoint_set: KeypointSet,
     members: Sequence[int],
     image_ids: Sequence[int] | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> Any:
-    """The finished `COCOeval` of some of the keypoints, over all images or the given ones."""
+    """The finished `COCOeval` of some of the keypoints, over all images or the given ones, at COCO's OKS or others."""
     index = np.array(members)
     single_field = len(keypoint_set.annotation_fields) == 1 and len(index) == len(keypoint_set)
     truths = _truth_rows(truth, index, own_count=single_field)
@@ -132,6 +133,8 @@ def run_part(
         run.params.imgIds = image_ids
         run.params.kpt_oks_sigmas = np.asarray(keypoint_set.sigmas, dtype=np.float32)[index]
         run.params.maxDets = [MAX_PERSONS_PER_IMAGE]
+        if thresholds is not None:
+            run.params.iouThrs = np.asarray(thresholds)
         run.evaluate()
         run.accumulate()
         run.summarize()

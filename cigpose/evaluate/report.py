@@ -1,4 +1,4 @@
-"""What an evaluation looks like: contact sheets, tables and charts, each written to a file whose path is returned.
+"""An evaluation as tables and contact sheets, each written to a file whose path is returned. See `page` for the report.
 
 N predicted persons, K keypoints.
 """
@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 from cigpose.config.outcome import FIGURES
-from cigpose.draw import draw_poses, label_picture
-from cigpose.evaluate.charts import bars_svg, histogram_svg
+from cigpose.draw import pack_pictures
+from cigpose.evaluate.gallery import image_tile
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import KeypointSet, parts_with_whole
@@ -23,7 +23,6 @@ from cigpose.keypoints import KeypointSet, parts_with_whole
 PCK_DISTANCES = (0.02, 0.05, 0.1)
 """Of the larger side of the annotated box."""
 
-_PAPER = 250
 _JPEG_QUALITY = 90
 
 
@@ -120,113 +119,23 @@ def contact_sheets(
         keypoint_set: what to draw.
         folder: where `<name>-00.jpg`, ... go.
         truth: labels to show on the right; None: predictions alone.
-        per_page: pictures on a page, in two columns.
-        tile_height: pixels of a picture on the page.
+        per_page: pictures on a page.
+        tile_height: pixels of a picture on the page, at most.
         min_score: keypoints below are not drawn; those below one and a half times that are faint.
         name: of the pages.
 
     Returns: the pages, in order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tiles = []
-    for image_id, image in pictures:
-        rows = predictions.image_id == image_id
-        scale = tile_height / image.shape[0]
-        small = cv2.resize(
-            image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        )
-        ours = draw_poses(
-            small,
-            predictions.keypoints[rows] * scale,
-            predictions.keypoint_scores[rows],
-            keypoint_set,
-            min_score=min_score,
-            sure_score=1.5 * min_score,
-        )
-        pair = [label_picture(ours, f"{image_id}: predicted")]
-        if truth is not None:
-            labels = truth.keypoints[(truth.image_id == image_id) & ~truth.is_crowd]
-            drawn = draw_poses(
-                small, labels[..., :2] * scale, np.minimum(labels[..., 2], 1), keypoint_set, min_score=1e-6
-            )
-            pair.append(label_picture(drawn, "labelled"))
-        tiles.append(np.hstack(pair))
+    tiles = [
+        image_tile(image, image_id, predictions, keypoint_set, truth=truth, height=tile_height, min_score=min_score)
+        for image_id, image in pictures
+    ]
     pages = []
     for start in range(0, len(tiles), per_page):
         path = folder / f"{name}-{start // per_page:02d}.jpg"
-        cv2.imwrite(str(path), _page(tiles[start : start + per_page]), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+        cv2.imwrite(
+            str(path), pack_pictures(tiles[start : start + per_page]), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
+        )
         pages.append(path)
     return pages
-
-
-def _page(tiles: Sequence[np.ndarray], margin: int = 6) -> np.ndarray:
-    """Tiles of equal height on white paper, in two columns, each as wide as its widest tile."""
-    columns = [tiles[0::2], tiles[1::2]] if len(tiles) > 1 else [tiles]
-    widths = [max(tile.shape[1] for tile in column) for column in columns]
-    height = tiles[0].shape[0]
-    num_rows = len(columns[0])
-    page = np.full(
-        (num_rows * (height + margin) + margin, sum(widths) + margin * (len(columns) + 1), 3), _PAPER, dtype=np.uint8
-    )
-    left = margin
-    for column, width in zip(columns, widths, strict=True):
-        for row, tile in enumerate(column):
-            top = margin + row * (height + margin)
-            page[top : top + height, left : left + tile.shape[1]] = tile
-        left += width + margin
-    return page
-
-
-def write_charts(
-    metrics: Mapping[str, float], predictions: Predictions, keypoint_set: KeypointSet, folder: Path
-) -> list[Path]:
-    """`parts.svg` (AP and AR per part) and `scores.svg` (distribution of keypoint scores per part)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    bars = {part: {"AP": row["AP"], "AR": row["AR"]} for part, row in nested(metrics).items() if "AP" in row}
-    samples = {
-        part: predictions.keypoint_scores[:, list(members)].ravel() for part, members in keypoint_set.parts.items()
-    }
-    charts = {
-        "parts.svg": bars_svg("Average precision and recall per part", bars),
-        "scores.svg": histogram_svg("Keypoint scores", samples),
-    }
-    for name, text in charts.items():
-        (folder / name).write_text(text, encoding="ascii")
-    return [folder / name for name in charts]
-
-
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    facts: Mapping[str, object],
-    metrics: Mapping[str, float],
-    pck_table: Mapping[str, Mapping[str, float]] | None = None,
-    pictures: Sequence[Path] = (),
-) -> Path:
-    """One markdown page: the protocol, the table of parts, PCK, charts and pictures by relative link.
-
-    Args:
-        path: the file to write.
-        title: the heading.
-        facts: what the figures hold for: dataset, persons, boxes, flip test, ...
-        metrics: as `evaluate_predictions` gives them.
-        pck_table: as `pck` gives it.
-        pictures: files beside or below the page.
-    """
-    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    lines += [parts_table(metrics)]
-    if "hand/AP" in metrics:
-        lines += ["`hand` is the mean of the two hands. Every part is an evaluation of its own.", ""]
-    if pck_table:
-        columns = list(next(iter(pck_table.values())))
-        lines += ["Share of labelled keypoints within a distance, in box sizes:", ""]
-        lines += ["| part | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-        for part, row in pck_table.items():
-            cells = [f"{row[column]:.3f}" if row[column] >= 0 else "-" for column in columns]
-            lines.append(f"| {part} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += [f"![{picture.stem}]({picture.relative_to(path.parent).as_posix()})\n" for picture in pictures]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="ascii", errors="backslashreplace")
-    return path

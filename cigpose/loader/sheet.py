@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from cigpose.config import Config
-from cigpose.draw import draw_poses, label_picture
+from cigpose.draw import draw_poses, label_picture, pack_pictures
 from cigpose.files.errors import DataError
 from cigpose.files.objects import is_remote
 from cigpose.loader.crops import CropMaker, WantedPicture
@@ -59,7 +59,7 @@ def contact_sheet(shards: ShardSet, config: Config, *, num_persons: int, seed: i
         num_persons: persons on the sheet.
         seed: of the choice.
 
-    Returns: uint8 (H, W, 3) BGR, a grid; three tiles a person.
+    Returns: uint8 (H, W, 3) BGR, three tiles a person.
 
     Raises:
         DataError: the dataset holds no persons, or a shard or picture is damaged.
@@ -79,10 +79,7 @@ def contact_sheet(shards: ShardSet, config: Config, *, num_persons: int, seed: i
             ]
         )
     groups = [np.hstack(tiles) for tiles in zip(*columns, strict=True)]
-    per_row = max(1, round(np.sqrt(len(groups) * groups[0].shape[0] / groups[0].shape[1])))
-    blank = np.zeros_like(groups[0])
-    groups += [blank] * (-len(groups) % per_row)
-    return np.vstack([np.hstack(groups[i : i + per_row]) for i in range(0, len(groups), per_row)])
+    return pack_pictures(groups)
 
 
 def _choose(shards: ShardSet, num_persons: int, seed: int) -> list[WantedPicture]:

@@ -6,7 +6,7 @@ artifacts/model.safetensors    weights (they carry their configuration), params.
 artifacts/keypoints.json       names, parts, flip pairs, sigmas, skeleton
 artifacts/metrics.json         per part, with data and protocol
 artifacts/lineage.json         git and dvc.lock revision, digests of every set of shards;  dvc.lock
-artifacts/pictures/            sample predictions
+artifacts/pictures/            sample predictions;  report.html: the page of the evaluation
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Package:
     evaluation: Measurement
     lineage: Mapping[str, Any]
     pictures: Sequence[Path]
+    report: Path | None
+    """The page of the evaluation; versions registered before there was one have none."""
     run: Mapping[str, Any]
     """run.json of the training."""
 
@@ -121,6 +123,7 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
         "lineage": _write(staging / "lineage.json", package.lineage),
         "pictures": staging / "pictures",
         **({"dvc_lock": lock} if lock else {}),
+        **({"report": package.report} if package.report else {}),
     }
     with _quiet():
         mlflow.pyfunc.save_model(
@@ -308,7 +311,7 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
     Raises:
         FileNotFoundError: one of them is not there.
     """
-    report = root / REPORT
+    report, page = root / REPORT, root / REPORT / "report.html"
     pictures = [path for path in sorted((report / "pictures").glob("*")) if path.suffix in (".jpg", ".png")]
     package = Package(
         config=config,
@@ -318,6 +321,7 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
         evaluation=evaluation,
         lineage=read_lineage(config, root),
         pictures=pictures[: config.registry.pictures],
+        report=page if page.is_file() else None,
         run=run_info,
     )
     for path in (package.weights, package.params, package.onnx):

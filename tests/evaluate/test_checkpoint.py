@@ -165,12 +165,11 @@ def test_the_stage_writes_report_metrics_and_plot(
     assert Path("data/plots/parts.csv").read_text().startswith("part,AP,AP50,AP75,AR\nbody,")
     written = {file.relative_to("data/report").as_posix() for file in Path("data/report").rglob("*.*")}
     assert written == {
-        *("results.json", "predictions.npz", "report.md", "model.onnx"),
-        *("pictures/page-00.jpg", "charts/parts.svg", "charts/scores.svg"),
+        *("results.json", "predictions.npz", "report.html", "model.onnx", "pictures/page-00.jpg"),
     }
     assert cv2.imread("data/report/pictures/page-00.jpg") is not None
-    page = Path("data/report/report.md").read_text()
-    assert "boxes: ground truth" in page and "PCK@0.05" in page and "pictures/page-00.jpg" in page
+    page = Path("data/report/report.html").read_text()
+    assert "<dd>ground truth</dd>" in page and "PCK@0.05" in page and "people per second" in page
     assert len(Predictions.load("data/report/predictions.npz")) == 10
 
 

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from cigpose.draw import draw_poses
+from cigpose.draw import draw_poses, pack_pictures
 from cigpose.evaluate import report
-from cigpose.evaluate.charts import bars_svg, histogram_svg
 from cigpose.evaluate.ground_truth import load_ground_truth
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import COCO, COCO_WHOLEBODY
@@ -72,24 +70,27 @@ def test_contact_sheets_hold_so_many_pictures_a_page(project: Project, tmp_path:
         assert (width, height) == ((2 * 240 + 18, 2 * 90 + 18) if num > 1 else (240 + 12, 90 + 12))
 
 
-def test_charts_are_svg_that_can_be_read(tmp_path: Path) -> None:
-    bars = bars_svg("Parts & figures", {"body": {"AP": 0.5, "AR": 1.2}, "face": {"AP": -1.0}})
-    histogram = histogram_svg("Scores", {"body": np.array([0.1, 0.5, np.nan]), "face": np.zeros(0)})
-    for text in (bars, histogram, histogram_svg("Nothing", {})):
-        ElementTree.fromstring(text)
-    assert "none AP" in bars and "Parts &amp; figures" in bars
+WIDTHS = {
+    "portraits among landscapes": [225, 600, 400, 225, 900, 300, 450, 400],
+    "one panorama": [200, 200, 200, 1600, 200],
+    "equal": [300] * 7,
+    "alone": [123],
+}
 
 
-def test_a_report_links_pictures_beside_it(tmp_path: Path) -> None:
-    path = report.write_report(
-        tmp_path / "report.md",
-        title="tiny on people",
-        facts={"persons": 3},
-        metrics=METRICS,
-        pictures=[tmp_path / "pictures" / "page-00.jpg"],
-    )
-    page = path.read_text()
-    assert page.startswith("# tiny on people\n\n- persons: 3\n") and "![page-00](pictures/page-00.jpg)" in page
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_a_packed_page_shows_every_picture_once_in_order_and_little_paper(widths: list[int]) -> None:
+    pictures = [np.full((300, width, 3), 20 * (i + 1), np.uint8) for i, width in enumerate(widths)]
+    page = pack_pictures(pictures)
+    count, _, stats, centers = cv2.connectedComponentsWithStats((page[..., 0] < 200).astype(np.uint8))
+    found = sorted(zip(stats[1:].tolist(), centers[1:], strict=True), key=lambda entry: (entry[0][1], entry[0][0]))
+    assert count - 1 == len(widths)
+    shown = [page[int(y), int(x), 0] for _, (x, y) in found]
+    assert shown == [20 * (i + 1) for i in range(len(widths))]
+    for (_, _, width, height, _), original in zip([entry for entry, _ in found], widths, strict=True):
+        assert 0.7 * 300 - 5 <= height <= 300 and width / height == pytest.approx(original / 300, rel=0.03)
+    assert (page == 255).all(axis=2).mean() < 0.2
+    assert np.array_equal(page, pack_pictures(pictures))
 
 
 def wholebody_person(score: float) -> tuple[np.ndarray, np.ndarray]:

@@ -184,6 +184,7 @@ def test_a_registered_model_is_complete(project: Path, trained, config: Config, 
         assert (folder / "artifacts" / name).stat().st_size > 0, name
     assert (folder / "README.md").read_text() == version.description
     assert (folder / "artifacts/pictures/page-00.jpg").is_file()
+    assert (folder / "artifacts/report.html").read_bytes() == (project / "data/report/report.html").read_bytes()
     assert (folder / "code/cigpose/config/experiment.py").is_file()
     assert len(json.loads((folder / "artifacts/keypoints.json").read_text())["names"]) == 133
     lineage = json.loads((folder / "artifacts/lineage.json").read_text())
@@ -196,6 +197,7 @@ def test_a_registered_model_is_complete(project: Path, trained, config: Config, 
     assert [file.path for file in client.list_artifacts(run_id, "evaluation/pictures")] == [
         "evaluation/pictures/page-00.jpg"
     ]
+    assert "evaluation/report.html" in {file.path for file in client.list_artifacts(run_id, "evaluation")}
     assert register.main(["--show"]) == 0
     assert capsys.readouterr().out == printed
 
