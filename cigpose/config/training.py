@@ -133,7 +133,7 @@ class CheckpointConfig:
     """Whichever of the two comes first; a checkpoint is always written at the end of a validated epoch."""
     keep: int = 2
     address: str | None = field(default=None, metadata=ADDRESS)
-    """Folder or fsspec address (s3://...); null: .runs/ beside params.yaml."""
+    """Folder or s3:// address; null: .runs/ beside params.yaml."""
 
     def __post_init__(self) -> None:
         require_between(self, 1, LARGEST, "every_steps")

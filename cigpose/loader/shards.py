@@ -21,9 +21,9 @@ import orjson
 from cigpose.files.archives import Extent, list_members
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
-from cigpose.files.objects import LARGEST_TRUTH, cached_shard, is_remote, read_remote
+from cigpose.files.objects import LARGEST_TRUTH, cached_shard, is_remote, local_path, read_object
 from cigpose.loader.plan import ShardCount
-from cigpose.shard.index import INDEX, LARGEST_INDEX, ShardEntry, ShardIndex, parse_index, read_index
+from cigpose.shard.index import ShardEntry, ShardIndex, read_index
 
 AGAIN = "Delete it and run `dvc repro shard`."
 MAX_OPEN = 64
@@ -74,13 +74,11 @@ class ShardSet:
             FileNotFoundError: the index or a local shard is missing.
             DataError: the index cannot be used, or a local shard has another size.
         """
-        address = locations.get(dataset, str(root / dataset))
+        address = locations.get(dataset, str(root / dataset)).rstrip("/")
         if is_remote(address):
-            where = f"{address.rstrip('/')}/{INDEX}"
-            return cls(
-                dataset, address.rstrip("/"), parse_index(read_remote(where, LARGEST_INDEX), where), cache, verify
-            )
-        shards = cls(dataset, address, read_index(Path(address)), cache, verify)
+            return cls(dataset, address, read_index(address), cache, verify)
+        address = str(local_path(address))
+        shards = cls(dataset, address, read_index(address), cache, verify)
         for entry in shards.index.shards:
             path = Path(address) / entry.name
             if not path.is_file():
@@ -124,12 +122,12 @@ class ShardSet:
         if name is None:
             return None
         place = f"{self.address}/{name}"
-        if is_remote(self.address):
-            text = read_remote(place, LARGEST_TRUTH)
-        elif Path(place).is_file():
-            text = Path(place).read_bytes()
-        else:
-            raise FileNotFoundError(f"{place}: not found, but index.json names it. {AGAIN}")
+        try:
+            text = read_object(place, LARGEST_TRUTH)
+        except FileNotFoundError as err:
+            if is_remote(place):
+                raise
+            raise FileNotFoundError(f"{place}: not found, but index.json names it. {AGAIN}") from err
         if wanted is not None and (digest := hashlib.sha256(text).hexdigest()) != wanted:
             raise DataError(f"{place}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {AGAIN}")
         return place, text
