@@ -24,7 +24,7 @@ import tenacity
 import urllib3
 
 from cigpose.files import s3
-from cigpose.files.addresses import without_credentials
+from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.atomic import claimed, clear_leftovers, written_file
 from cigpose.files.errors import DataError, FetchError, MissingError, TemporaryFetchError
 
@@ -35,11 +35,6 @@ LARGEST_TRUTH = 4 << 30
 LEAST_BYTES_PER_S = 1024
 """Of a whole transfer: a server that drips a byte at a time would keep a training waiting for ever."""
 Given = TypeVar("Given")
-
-
-def is_remote(address: str) -> bool:
-    """Whether an address is not a local path."""
-    return address.startswith(("s3://", "http://", "https://"))
 
 
 def local_path(address: str) -> Path:

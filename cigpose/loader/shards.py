@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import orjson
 
+from cigpose.files.addresses import is_remote
 from cigpose.files.archives import Extent, list_members
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
-from cigpose.files.objects import LARGEST_TRUTH, cached_shard, is_remote, local_path, read_object
+from cigpose.files.objects import LARGEST_TRUTH, cached_shard, local_path, read_object
 from cigpose.loader.plan import ShardCount
 from cigpose.shard.index import ShardEntry, ShardIndex, read_index
 

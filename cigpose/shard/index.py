@@ -11,10 +11,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cigpose.files.addresses import without_credentials
+from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
-from cigpose.files.objects import is_remote, read_object
+from cigpose.files.objects import read_object
 
 FORMAT = 2
 _READABLE = (1, FORMAT)

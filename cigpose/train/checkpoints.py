@@ -29,13 +29,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from cigpose.files.addresses import without_credentials
+from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.atomic import replace_folder, sync
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import FetchError, TemporaryFetchError
 from cigpose.files.objects import (
     fetch_object,
-    is_remote,
     local_path,
     names_in,
     put_object,

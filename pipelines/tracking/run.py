@@ -24,8 +24,7 @@ import yaml
 from mlflow import MlflowClient
 
 from cigpose.config import Config
-from cigpose.files.addresses import without_credentials
-from cigpose.files.objects import is_remote
+from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.shard.index import read_index
 from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, shards_digest
 from pipelines.tracking.database import database_path, prepared
