@@ -18,15 +18,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
-import platformdirs
 import requests
 import tenacity
 import urllib3
 
 from cigpose.files import s3
 from cigpose.files.addresses import is_remote, without_credentials
-from cigpose.files.atomic import claimed, clear_leftovers, written_file
-from cigpose.files.errors import DataError, FetchError, MissingError, TemporaryFetchError
+from cigpose.files.atomic import written_file
+from cigpose.files.errors import FetchError, MissingError, TemporaryFetchError
 
 CHUNK = 1 << 20
 ATTEMPTS = 5
@@ -137,47 +136,6 @@ def remove_object(address: str) -> None:
     else:
         with suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-
-
-def cache_folder(cache: str | None) -> Path:
-    """The folder for remote shards: the one given, or the user's cache directory."""
-    return Path(cache).expanduser() if cache else Path(platformdirs.user_cache_dir("cigpose")) / "shards"
-
-
-def cached_shard(address: str, sha256: str, size: int, cache: str | None) -> Path:
-    """A local copy of a remote shard.
-
-    Its name is its sha256, so a new version of a dataset never meets an old file. Other processes that want the same
-    shard wait for the first one.
-
-    Args:
-        address: of the tar.
-        sha256: what its content must have.
-        size: its bytes.
-        cache: folder, or None for the user's cache directory.
-
-    Raises:
-        DataError: what the address gives has another sha256.
-        FetchError: it gives nothing.
-    """
-    path = cache_folder(cache) / f"{sha256}.tar"
-
-    def is_there() -> bool:
-        return path.is_file() and path.stat().st_size == size
-
-    def check(found: str) -> None:
-        if found != sha256:
-            raise DataError(
-                f"{without_credentials(address)}: sha256 is {found[:12]}..., index.json says {sha256[:12]}.... The"
-                " index and the shards there are of different versions: upload the dataset's folder again."
-            )
-
-    if not is_there():
-        with claimed(path.with_suffix(".lock"), "a fetch of this shard", wait=True):
-            if not is_there():
-                clear_leftovers(path)
-                fetch_object(address, path, size, check)
-    return path
 
 
 def _retry(attempt: Callable[[], Given]) -> Given:

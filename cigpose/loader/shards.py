@@ -20,9 +20,10 @@ import orjson
 
 from cigpose.files.addresses import is_remote
 from cigpose.files.archives import Extent, list_members
+from cigpose.files.cache import ShardCache
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
-from cigpose.files.objects import LARGEST_TRUTH, cached_shard, local_path, read_object
+from cigpose.files.objects import LARGEST_TRUTH, local_path, read_object
 from cigpose.loader.plan import ShardCount
 from cigpose.shard.index import ShardEntry, ShardIndex, read_index
 
@@ -55,12 +56,18 @@ class ShardSet:
     address: str
     """Folder, or s3:// or http(s):// address."""
     index: ShardIndex
-    cache: str | None
+    cache: ShardCache
     verify: bool
 
     @classmethod
     def open(
-        cls, dataset: str, root: Path, locations: Mapping[str, str], *, cache: str | None = None, verify: bool = True
+        cls,
+        dataset: str,
+        root: Path,
+        locations: Mapping[str, str],
+        *,
+        cache: ShardCache | None = None,
+        verify: bool = True,
     ) -> ShardSet:
         """The shards of `dataset`, checked as far as that is free: the index is read and local tars have their size.
 
@@ -68,7 +75,7 @@ class ShardSet:
             dataset: its name.
             root: folder of the shard folders.
             locations: dataset -> address in place of `<root>/<dataset>`.
-            cache: folder for remote shards, or None for the user's cache directory.
+            cache: for remote shards; None for the user's cache directory without a limit.
             verify: compare every tar's sha256 when it is opened first in a run.
 
         Raises:
@@ -76,6 +83,7 @@ class ShardSet:
             DataError: the index cannot be used, or a local shard has another size.
         """
         address = locations.get(dataset, str(root / dataset)).rstrip("/")
+        cache = cache or ShardCache()
         if is_remote(address):
             return cls(dataset, address, read_index(address), cache, verify)
         address = str(local_path(address))
@@ -142,7 +150,7 @@ class ShardSet:
         """
         entry = self.index.shards[number]
         if is_remote(self.address):
-            path = cached_shard(f"{self.address}/{entry.name}", entry.sha256, entry.bytes, self.cache)
+            path = self.cache.shard(f"{self.address}/{entry.name}", entry.sha256, entry.bytes)
             return _table(path, entry, False)
         return _table(Path(self.address) / entry.name, entry, self.verify)
 

@@ -463,6 +463,20 @@ def test_http_shards_are_fetched_once_and_read_like_local_ones(tiny_shards: Any,
     assert paths == {"/index.json": 3, "/a-00000.tar": 1, "/a-00001.tar": 1}
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_dataset_larger_than_the_cache_gives_the_same_batches(
+    tiny_shards: Any, host: Any, tmp_path: Path, processes: int
+) -> None:
+    folder = tiny_shards.write("a", [1] * 40)
+    options: dict[str, Any] = {"epoch": 0, "rank": 0, "world": 1, "root": tiny_shards.root}
+    local = list(train_loader(tiny_shards.config("a"), **options))
+    loader = {"cache": str(tmp_path / "cache"), "cache_gb": 1e-6, "processes": processes}
+    config = tiny_shards.config("a", loader=loader, locations={"a": serve(host, folder)})
+    assert_same(train_loader(config, **options), local)
+    held = 3 * config.train.loader.open_shards + 8 * (2 * processes + 1)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == held < 40
+
+
 def test_a_folder_may_be_named_in_locations(tiny_shards: Any, tmp_path: Path) -> None:
     folder = tiny_shards.write("a", [2])
     config = tiny_shards.config("a", locations={"a": str(folder)})
@@ -550,7 +564,7 @@ def test_a_server_that_gives_no_end_is_given_up(
     with pytest.raises(FetchError, match=message):
         list(loader)
     assert time.monotonic() - begin < 10
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
     assert host.sent.get("/a-00000.tar", 0) < 50 << 20
 
 
