@@ -5,10 +5,14 @@
     <folder>/<sha256>.held.lock   shared by those that read it; who removes it must have it alone
 
 A tar's name is its sha256, so a new version of a dataset never meets an old file.
+
+webdataset has a cache too (`FileCache`, `LRUCleanup`): it does not check what it fetched, goes by the time of the fetch
+and not of the last use, and removes what other processes read. fsspec's has no limit.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -91,12 +95,20 @@ class ShardCache:
     def _hold(self, path: Path) -> None:
         """Keep a shard from being removed, and let go of the one that was asked for longest ago."""
         if path.stem not in self._locks:
-            lock = self._locks[path.stem] = _opened(_held_lock(path))
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            try:
+                lock = _opened(_held_lock(path))
+            except OSError as err:
+                if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    return  # a cache that this process may only read
+                raise
+            self._locks[path.stem] = lock
+            with suppress(OSError):  # a file system without locks: there nothing is removed (`_remove_unheld`)
+                fcntl.flock(lock, fcntl.LOCK_SH)
         self._locks.move_to_end(path.stem)
         while len(self._locks) > self._held:
             _, oldest = self._locks.popitem(last=False)
-            fcntl.flock(oldest, fcntl.LOCK_UN)  # of the copies too that a fork has made
+            with suppress(OSError):
+                fcntl.flock(oldest, fcntl.LOCK_UN)  # of the copies too that a fork has made
             os.close(oldest)
 
     def _make_room(self, size: int) -> None:
@@ -127,13 +139,16 @@ def _opened(lock: Path) -> int:
 
 
 def _remove_unheld(path: Path) -> bool:
-    """Remove a shard unless a process holds it; whether it is gone."""
-    lock = _opened(_held_lock(path))
+    """Remove a shard unless a process holds it, or none could; whether it is gone."""
+    try:
+        lock = _opened(_held_lock(path))
+    except OSError:
+        return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
         return True
-    except BlockingIOError:
+    except OSError:
         return False
     finally:
         os.close(lock)

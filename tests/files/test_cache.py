@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import os
@@ -144,3 +145,28 @@ def test_a_forked_child_neither_frees_nor_keeps_what_its_parent_holds(folder: Pa
         os.waitpid(child, 0)
         for descriptor in (*ready, *go):
             os.close(descriptor)
+
+
+def test_a_cache_that_may_only_be_read_is_read(folder: Path, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = get(reader(folder, 3), 1)
+
+    def refuse(*_: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        patch.setattr(os, "utime", refuse)
+        assert reader(folder, 3).shard("http://127.0.0.1:9/unasked", before.stem, SIZE) == before
+
+
+def test_where_no_process_can_hold_a_shard_none_is_removed(
+    folder: Path, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    cache = reader(folder, 1)
+    for number in (1, 2, 3):
+        get(cache, number)
+    assert numbers(folder) == [1, 2, 3]
