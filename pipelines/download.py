@@ -1,7 +1,7 @@
 """Stages `download`, data/raw/KEY from `data.download.sources.KEY` of params.yaml, and `pretrained`.
 
     python -m pipelines.download KEY
-    python -m pipelines.download pretrained     # data/raw/pretrained: the file that `model.backbone.pretrained` names
+    python -m pipelines.download pretrained     # data/raw/pretrained: what `model.backbone.pretrained` names
 
 Without KEY it is the one whose stage DVC runs. Resumable: kill it and run it again.
 """
@@ -9,13 +9,20 @@ Without KEY it is the one whose stage DVC runs. Resumable: kill it and run it ag
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from cigpose.config import Config, load_params
 from cigpose.download.fetch import fetch
 from cigpose.download.sources import TABLE
-from cigpose.files.addresses import without_credentials
+from cigpose.files.addresses import is_remote, without_credentials
+from cigpose.files.errors import FetchError
+from cigpose.files.objects import fetch_object
+from cigpose.train.build import pretrained_path
 from pipelines.member import asked_member
 from pipelines.paths import RAW
+
+LARGEST_WEIGHTS = 16 << 30
+"""Bytes."""
 
 
 def say(line: str) -> None:
@@ -32,20 +39,24 @@ def main() -> None:
         if key not in sources:
             sys.exit(f"params.yaml: data.download.sources has no {key!r}. Known: {', '.join(sources)}.")
         fetch(RAW / key, sources[key], config.data.download, say=say)
-    except (ValueError, FileNotFoundError) as err:
+        if key == "pretrained":
+            fetch_first_weights(config)
+    except (ValueError, FetchError, FileNotFoundError) as err:
         sys.exit(without_credentials(str(err)))
     except KeyboardInterrupt:
         sys.exit(f"Interrupted. Run again: {RAW / key} goes on from where it stopped.")
 
 
 def first_weights(config: Config) -> tuple[str, ...]:
-    """The file to fetch for `model.backbone.pretrained`; none for null, or for a user's own file that is there.
+    """The file of the download table that `model.backbone.pretrained` names.
+
+    Returns: none for null, for an address (`fetch_first_weights`), and for a user's own file that is there.
 
     Raises:
         FileNotFoundError: the name is not in the download table, and there is no such file.
     """
     name = config.model.backbone.pretrained
-    if name is None:
+    if name is None or is_remote(name):
         return ()
     if name not in TABLE:
         if not (RAW / "pretrained" / name).is_file():
@@ -55,6 +66,19 @@ def first_weights(config: Config) -> tuple[str, ...]:
             )
         return ()
     return (name,)
+
+
+def fetch_first_weights(config: Config) -> None:
+    """Fetch `model.backbone.pretrained` where it is an address; DVC then keeps the md5 of what it gave.
+
+    Raises:
+        FetchError: it does not give the file.
+    """
+    address = config.model.backbone.pretrained
+    if address is not None and is_remote(address):
+        target = pretrained_path(config, Path.cwd())
+        fetch_object(address, target, LARGEST_WEIGHTS)
+        say(f"{RAW / 'pretrained' / target.name}: from {address}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Where a result comes from: git revision, dvc.lock, hashes of shards and files."""
+"""Where a result comes from: git revision, dvc.lock, digests of shards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import yaml
+
+from cigpose.shard.index import ShardIndex
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -41,12 +41,6 @@ def _git(folder: Path | None, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest_of(value: Any) -> str:
     """First 16 hex digits of the sha256 of plain values; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
@@ -61,32 +55,18 @@ def dvc_hashes(lock: Path) -> dict[str, str]:
     return {out["path"]: out["md5"] for out in outs if "md5" in out}
 
 
-def read_shard_index(location: str | Path) -> dict[str, Any]:
-    """The index.json of a set of shards in a folder or at an fsspec address.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    address = f"{str(location).rstrip('/')}/index.json"
-    try:
-        with fsspec.open(address, "r", encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError as err:
-        raise FileNotFoundError(f"{address}: not found. `dvc repro shard` writes the shards and their index.") from err
-
-
-def shards_digest(index: Mapping[str, Any]) -> str:
+def shards_digest(index: ShardIndex) -> str:
     """16 hex digits that name the exact bytes of a set of shards."""
-    return digest_of([shard["sha256"] for shard in index["shards"]])
+    return digest_of([shard.sha256 for shard in index.shards])
 
 
-def content_digest(index: Mapping[str, Any]) -> str:
+def content_digest(index: ShardIndex) -> str:
     """16 hex digits that name the people in a set of shards, however they are cut into shards.
 
     Two sets made of the same source files with the same counts are the same evaluation set even when their shards
     differ in size. An index that names no sources is identified by its shards.
     """
-    if not index.get("sources"):
+    if not index.sources:
         return shards_digest(index)
-    counts = {name: index.get(name) for name in ("dataset", "keypoints", "images", "persons", "detections")}
-    return digest_of({"sources": index["sources"], **counts})
+    counts = {name: getattr(index, name) for name in ("dataset", "keypoints", "images", "persons", "detections")}
+    return digest_of({"sources": index.sources, **counts})

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from cigpose.config import Config, load_params
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import write_json
-from pipelines.lineage import file_sha256
+from cigpose.files.digest import sha256_of
 from pipelines.paths import METRICS, MODEL, REGISTERED, WEIGHTS
 from pipelines.registry.outcome import outcome, summary
 from pipelines.registry.package import (
@@ -100,7 +100,7 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     log_results(client, run_id, evaluation, root)
     registry = Registry(client, config.registry.model)
     registry.ensure(f"Pose models. Use the version with the alias `{CHAMPION}`.")
-    identity = {RUN_TAG: run_id, WEIGHTS_TAG: file_sha256(root / WEIGHTS)}
+    identity = {RUN_TAG: run_id, WEIGHTS_TAG: sha256_of(root / WEIGHTS)}
     found = registry.find(run_id, identity[WEIGHTS_TAG])
     if found is not None:
         version = int(found.version)

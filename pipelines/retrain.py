@@ -78,6 +78,7 @@ POLICIES = {
     "download": Policy(timeout_s=48 * HOUR, retries=2, retry_delay_s=60),  # goes on where it stopped
     "pretrained": Policy(timeout_s=6 * HOUR, retries=2, retry_delay_s=60),
     "shard": Policy(timeout_s=12 * HOUR),
+    "locate": Policy(timeout_s=HOUR, retries=2, retry_delay_s=30),
     "train": Policy(
         timeout_s=14 * 24 * HOUR, retries=1, retry_delay_s=10, retry_after_s=120
     ),  # goes on from its checkpoint

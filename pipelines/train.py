@@ -26,10 +26,11 @@ from cigpose.config import Config, load_params
 from cigpose.evaluate.checkpoint import open_shards
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import claimed
+from cigpose.files.digest import sha256_of
 from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
-from pipelines.lineage import digest_of, file_sha256, project_root, shards_digest
+from pipelines.lineage import digest_of, project_root, shards_digest
 from pipelines.paths import DATA, RUNS, SHARDS
 from pipelines.tracking import run as tracking
 from pipelines.training import driver
@@ -125,10 +126,7 @@ def opened(config: Config, datasets: tuple[str, ...]) -> list[Any]:
 def digests(config: Config) -> dict[str, str]:
     """Dataset -> digest of its shards, for training and validation."""
     names = dict.fromkeys((*config.data.train, config.data.val))
-    return {
-        shards.dataset: shards_digest({"shards": [{"sha256": entry.sha256} for entry in shards.index.shards]})
-        for shards in opened(config, tuple(names))
-    }
+    return {shards.dataset: shards_digest(shards.index) for shards in opened(config, tuple(names))}
 
 
 def pretrained_digest(config: Config) -> str | None:
@@ -142,7 +140,7 @@ def pretrained_digest(config: Config) -> str | None:
     path = pretrained_path(config, Path.cwd())
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found. `dvc repro pretrained` fetches the backbone's first weights.")
-    return file_sha256(path)
+    return sha256_of(path)
 
 
 if __name__ == "__main__":

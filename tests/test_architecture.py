@@ -36,7 +36,7 @@ MAY_USE = {
 ROOMS_OF_PIPELINES = {"training", "tracking", "registry"}
 LARGEST_ROOM = 0.2
 LONGEST_MODULE, LONGEST_STAGE, LONGEST_FUNCTION = 400, 150, 60
-STAGES = {"render", "download", "shard", "train", "evaluate", "register"}
+STAGES = {"render", "download", "shard", "locate", "train", "evaluate", "register"}
 SAME_IN_SEVERAL = {"main", "add_parser"}
 """What a module has by its kind, under one name in all."""
 

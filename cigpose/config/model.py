@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import require, require_between, require_name
+from cigpose.config.schema import ADDRESS, require, require_between, require_name
+from cigpose.files.addresses import file_name_of, is_remote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,11 +18,13 @@ class BackboneConfig:
     expand_ratio: float = 0.5
     out_stage: int = 4
     """Stage whose features the head gets: 4 is stride 32 and the paper's, 3 is stride 16."""
-    pretrained: str | None = None
-    """File in data/raw/pretrained with `backbone.*` weights to start from."""
+    pretrained: str | None = field(default=None, metadata=ADDRESS)
+    """File in data/raw/pretrained with `backbone.*` weights to start from, or its s3:// or http(s):// address."""
 
     def __post_init__(self) -> None:
-        if self.pretrained is not None:
+        if self.pretrained is not None and is_remote(self.pretrained):
+            require_name(file_name_of(self.pretrained), "pretrained", "name")
+        elif self.pretrained is not None:
             require_name(self.pretrained, "pretrained", "path")
         require_between(self, 0.0625, 8, "widen_factor")
         require_between(self, 0, 8, "deepen_factor", positive=True)

@@ -133,7 +133,7 @@ class CheckpointConfig:
     """Whichever of the two comes first; a checkpoint is always written at the end of a validated epoch."""
     keep: int = 2
     address: str | None = field(default=None, metadata=ADDRESS)
-    """Folder or fsspec address (s3://...); null: .runs/ beside params.yaml."""
+    """Folder or s3:// address; null: .runs/ beside params.yaml."""
 
     def __post_init__(self) -> None:
         require_between(self, 1, LARGEST, "every_steps")
@@ -156,6 +156,8 @@ class LoaderConfig:
     """Compare every shard's sha256 when a run opens it first."""
     cache: str | None = None
     """Folder for remote shards; null: the user's cache directory."""
+    cache_gb: float | None = 200.0
+    """Beyond this size remote shards that nobody reads are removed, the least recently used first; null: no limit."""
     scaled_decode: bool = False
     """Decode large pictures at 1/2, 1/4 or 1/8 where the crop is smaller still. Changes pixels."""
 
@@ -163,6 +165,7 @@ class LoaderConfig:
         require_between(self, 0, 1024, "processes")
         require_between(self, 0, 10_000_000, "shuffle_buffer")
         require_between(self, 1, 10_000, "prefetch_batches", "open_shards")
+        require_between(self, 0, 1_000_000_000, "cache_gb", positive=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
+from cigpose.files.cache import ShardCache
 from cigpose.loader.batches import eval_loader
 from cigpose.loader.shards import ShardFiles, ShardSet, ShardTable
 from cigpose.model.device import choose_device
@@ -113,7 +114,9 @@ def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
 
 def open_shards(config: Config, dataset: str, root: Path) -> ShardSet:
     """The shards of one dataset, wherever they lie."""
-    return ShardSet.open(dataset, root, config.data.locations, cache=config.train.loader.cache)
+    options = config.train.loader
+    cache = ShardCache(options.cache, options.cache_gb)
+    return ShardSet.open(dataset, root, config.data.locations, cache=cache)
 
 
 def dataset_truth(shards: ShardSet, config: Config) -> GroundTruth:

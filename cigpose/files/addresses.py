@@ -13,6 +13,16 @@ _NOT_A_PORT = re.compile(r"^([^/:\[\]]*):(?!\d*(?:/|$))[^/]*")
 _END = re.compile(r"[).,;:!\]}]*$")
 
 
+def is_remote(address: str) -> bool:
+    """Whether an address is not a local path."""
+    return address.startswith(("s3://", "http://", "https://"))
+
+
+def file_name_of(address: str) -> str:
+    """Name of the file at an address: the last part of its path, without the query."""
+    return urlsplit(address).path.rpartition("/")[2]
+
+
 def host_of(address: str) -> str:
     """Host and port of an address, for messages."""
     return urlsplit(without_credentials(address)).netloc

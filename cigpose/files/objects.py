@@ -1,28 +1,31 @@
-"""Shards at s3:// and http(s):// addresses: fetched whole, once, into a cache that processes share.
+"""The one way to a file wherever it lies: on a disk, at an s3:// address, or (for reading) at an http(s):// one.
 
-A cached shard's name is its sha256, so a new version of a dataset never meets an old file, and a file that is there is
-whole: it is written under a temporary name, checked, and renamed.
+Shards, their index, checkpoints and pretrained weights all come and go through here. What may fail for a while is tried
+again, what a server gives is bounded in size and in patience, and no message shows a password.
+
+Beneath it are requests and pyarrow (`s3`), which the library has anyway. fsspec would be one name for both, but over
+s3fs and aiohttp: two more clients, and no bound on a server that drips bytes, for which we need the raw stream.
 """
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import hashlib
 import os
-import tempfile
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import platformdirs
 import requests
 import tenacity
 import urllib3
 
-from cigpose.files.errors import DataError
+from cigpose.files import s3
+from cigpose.files.addresses import is_remote, without_credentials
+from cigpose.files.atomic import written_file
+from cigpose.files.errors import FetchError, MissingError, TemporaryFetchError
 
 CHUNK = 1 << 20
 ATTEMPTS = 5
@@ -30,159 +33,175 @@ TIMEOUT_S = 30.0
 LARGEST_TRUTH = 4 << 30
 LEAST_BYTES_PER_S = 1024
 """Of a whole transfer: a server that drips a byte at a time would keep a training waiting for ever."""
-S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
-"""Environment variables that may name another S3 server than Amazon's; the first one set is taken."""
+Given = TypeVar("Given")
 
 
-class FetchError(OSError):
-    """An address that did not give its file."""
-
-
-class TemporaryFetchError(FetchError):
-    """It may, when asked again."""
-
-
-def is_remote(address: str) -> bool:
-    """Whether an address is not a local path."""
-    return address.startswith(("s3://", "http://", "https://"))
-
-
-def cache_folder(cache: str | None) -> Path:
-    """The folder for remote shards: the one given, or the user's cache directory."""
-    return Path(cache).expanduser() if cache else Path(platformdirs.user_cache_dir("cigpose")) / "shards"
-
-
-def read_remote(address: str, largest: int) -> bytes:
-    """A remote file of at most `largest` bytes.
+def local_path(address: str) -> Path:
+    """The path that a local address means.
 
     Raises:
+        FetchError: it has a scheme, and none that is known here.
+    """
+    path = address.removeprefix("file://")
+    if "://" in path:
+        raise FetchError(
+            f"{without_credentials(address)}: no kind of address that is known here; expected a folder, s3://,"
+            " http:// or https://."
+        )
+    return Path(path).expanduser()
+
+
+def read_object(address: str, largest: int) -> bytes:
+    """A file of at most `largest` bytes.
+
+    Raises:
+        MissingError, FileNotFoundError: nothing is there.
         FetchError: the address does not give it, also after several attempts, or gives more.
     """
     return _retry(lambda: b"".join(_chunks(address, largest)))
 
 
-def cached_shard(address: str, sha256: str, size: int, cache: str | None) -> Path:
-    """A local copy of a remote shard.
-
-    Other processes that want the same shard wait for the first one.
+def fetch_object(address: str, target: Path, largest: int, check: Callable[[str], None] = lambda sha256: None) -> None:
+    """Copy a file of at most `largest` bytes to a local path, whole or not at all.
 
     Args:
-        address: of the tar.
-        sha256: what its content must have.
-        size: its bytes.
-        cache: folder, or None for the user's cache directory.
+        address: of the file.
+        target: where it is to be.
+        largest: bytes.
+        check: gets the sha256, taken on the way, and raises if the file must not be taken.
 
     Raises:
-        DataError: what the address gives has another sha256.
-        FetchError: it gives nothing.
+        MissingError, FileNotFoundError: nothing is there.
+        FetchError: the address does not give it, also after several attempts, or gives more.
     """
-    folder = cache_folder(cache)
-    path = folder / f"{sha256}.tar"
-    if path.is_file() and path.stat().st_size == size:
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{sha256}.lock"):
-        if not (path.is_file() and path.stat().st_size == size):
-            _retry(lambda: _fetch(address, sha256, size, path))
-    return path
 
-
-def _fetch(address: str, sha256: str, size: int, path: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{sha256[:12]}-", suffix=".part")
-    digest = hashlib.sha256()
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in _chunks(address, size):
+    def fetch() -> None:
+        digest = hashlib.sha256()
+        with written_file(target) as part, part.open("wb") as file:
+            for chunk in _chunks(address, largest):
                 digest.update(chunk)
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        if digest.hexdigest() != sha256:
-            raise DataError(
-                f"{address}: sha256 is {digest.hexdigest()[:12]}..., index.json says {sha256[:12]}.... The index and"
-                " the shards there are of different versions: upload the dataset's folder again."
-            )
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+            check(digest.hexdigest())
+
+    _retry(fetch)
 
 
-def _retry(fetch: Any) -> Any:
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(TemporaryFetchError),
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=tenacity.wait_exponential(multiplier=0.5, max=20),
-        reraise=True,
-    )(fetch)
+def names_in(address: str) -> list[str]:
+    """Names of the files and folders directly in a folder; none where there is no such folder.
+
+    Raises:
+        FetchError: it cannot be listed.
+    """
+    if address.startswith("s3://"):
+        return _retry(lambda: s3.names(address))
+    folder = _writable(address)
+    return os.listdir(folder) if folder.is_dir() else []
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes; a killed process gives the lock back."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def size_of(address: str) -> int | None:
+    """Bytes of a file; None where there is none.
+
+    Raises:
+        FetchError: it is not told.
+    """
+    if address.startswith("s3://"):
+        return _retry(lambda: s3.size(address))
+    path = _writable(address)
+    return path.stat().st_size if path.is_file() else None
+
+
+def put_object(path: Path, address: str) -> None:
+    """Copy a local file to an address, whole or not at all.
+
+    Raises:
+        OSError: it is not taken, also after several attempts.
+    """
+    if address.startswith("s3://"):
+        return _retry(lambda: s3.put(path, address))
+    with written_file(_writable(address)) as part:
+        shutil.copyfile(path, part)
+
+
+def remove_object(address: str) -> None:
+    """Remove a file, or a folder with all that is in it; nothing where there is none.
+
+    Raises:
+        OSError: it is not allowed.
+    """
+    if address.startswith("s3://"):
+        return _retry(lambda: s3.remove(address))
+    path = _writable(address)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+
+
+def _retry(attempt: Callable[[], Given]) -> Given:
+    try:
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TemporaryFetchError),
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_exponential(multiplier=0.5, max=20),
+            reraise=True,
+        )(attempt)
+    except TemporaryFetchError as err:
+        raise TemporaryFetchError(f"{err} Tried {ATTEMPTS} times.") from err
+
+
+def _writable(address: str) -> Path:
+    """The path of what is on no server."""
+    if is_remote(address):
+        raise FetchError(
+            f"{without_credentials(address)}: can only be read. Where files are written, name a folder or s3://."
+        )
+    return local_path(address)
 
 
 def _chunks(address: str, largest: int) -> Iterator[bytes]:
     """The bytes of an address, which may be no more than `largest` and must not drip."""
-    begin, received = time.monotonic(), 0
-    for chunk in _s3_chunks(address) if address.startswith("s3://") else _http_chunks(address):
+    begin, received, shown = time.monotonic(), 0, without_credentials(address)
+    for chunk in _opened(address):
         received += len(chunk)
         if received > largest:
-            raise FetchError(
-                f"{address}: gives more than {largest} bytes, which is all that it may. Correct the server."
-            )
+            raise FetchError(f"{shown}: gives more than {largest} bytes, which is all that it may. Correct the file.")
         yield chunk
         seconds = time.monotonic() - begin
-        if seconds > TIMEOUT_S and received < LEAST_BYTES_PER_S * seconds:
-            raise TemporaryFetchError(
-                f"{address}: {received} bytes in {seconds:.0f} s, too slow to be waited for, {ATTEMPTS} times."
-            )
+        if is_remote(address) and seconds > TIMEOUT_S and received < LEAST_BYTES_PER_S * seconds:
+            raise TemporaryFetchError(f"{shown}: {received} bytes in {seconds:.0f} s, too slow to be waited for.")
+
+
+def _opened(address: str) -> Iterator[bytes]:
+    if address.startswith("s3://"):
+        return s3.chunks(address)
+    return _http_chunks(address) if is_remote(address) else _file_chunks(local_path(address))
+
+
+def _file_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 def _http_chunks(address: str) -> Iterator[bytes]:
+    shown = without_credentials(address)
     try:
         with closing(
             requests.get(address, stream=True, timeout=TIMEOUT_S, headers={"Accept-Encoding": "identity"})
         ) as answer:
-            if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
-                raise TemporaryFetchError(f"{address}: HTTP {answer.status_code}, {ATTEMPTS} times. Try again later.")
-            if answer.status_code != 200:
-                raise FetchError(f"{address}: HTTP {answer.status_code}. Correct data.locations in params.yaml.")
+            status = answer.status_code
+            if status >= 500 or status in (408, 425, 429):
+                raise TemporaryFetchError(f"{shown}: HTTP {status}. Try again later.")
+            if status != 200:
+                error = MissingError if status in (404, 410) else FetchError
+                raise error(f"{shown}: HTTP {status}. Correct the address in params.yaml.")
             length, received = answer.headers.get("Content-Length"), 0
             # Not iter_content: it waits until a whole chunk is there, for ever where bytes drip.
             while chunk := answer.raw.read1(CHUNK, decode_content=False):
                 received += len(chunk)
                 yield chunk
             if length is not None and received != int(length):
-                raise TemporaryFetchError(f"{address}: broke off after {received} of {length} bytes, {ATTEMPTS} times.")
+                raise TemporaryFetchError(f"{shown}: broke off after {received} of {length} bytes.")
     except (requests.RequestException, urllib3.exceptions.HTTPError) as err:
-        raise TemporaryFetchError(f"{address}: not reached ({type(err).__name__}), {ATTEMPTS} times.") from err
-
-
-def _s3_chunks(address: str) -> Iterator[bytes]:
-    try:
-        # One request per buffer; without it one per read.
-        with _s3(os.getpid()).open_input_stream(address.removeprefix("s3://"), buffer_size=8 << 20) as stream:
-            while chunk := stream.read(8 << 20):
-                yield chunk
-    except FileNotFoundError as err:
-        raise FetchError(f"{address}: not found. Correct data.locations in params.yaml.") from err
-    except OSError as err:
-        raise TemporaryFetchError(f"{address}: not read, {ATTEMPTS} times: {err}") from err
-
-
-@functools.lru_cache(maxsize=1)
-def _s3(process: int) -> Any:
-    """The S3 client of a process: one must not outlive a fork."""
-    from pyarrow import fs  # slow to import, and needed by few
-
-    options: dict[str, Any] = {"connect_timeout": TIMEOUT_S, "request_timeout": TIMEOUT_S}
-    endpoint = next((os.environ[name] for name in S3_ENDPOINTS if os.environ.get(name)), None)
-    if endpoint:
-        scheme, _, host = endpoint.rpartition("://")
-        options |= {"scheme": scheme or "https", "endpoint_override": host}
-        options["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return fs.S3FileSystem(**options)
+        raise TemporaryFetchError(f"{shown}: not reached ({type(err).__name__}).") from err

@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cigpose.config import Config, LoaderConfig
+from cigpose.files.cache import ShardCache
 from cigpose.files.errors import DataError
 from cigpose.loader.crops import CropMaker, Crops, WantedPicture
 from cigpose.loader.plan import RankPlan, Segment, eval_plan, picture_rng, train_plan
@@ -121,8 +122,11 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
 
 def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, ShardSet]:
     options = config.train.loader
+    # Of pictures that are not decoded yet: of the pool at work, the next, the one before, and of the jobs under way.
+    held = 3 * options.open_shards + PICTURES_PER_JOB * (2 * options.processes + 1)
+    cache = ShardCache(options.cache, options.cache_gb, held)
     sets = {
-        dataset: ShardSet.open(dataset, root, config.data.locations, cache=options.cache, verify=options.verify)
+        dataset: ShardSet.open(dataset, root, config.data.locations, cache=cache, verify=options.verify)
         for dataset in datasets
     }
     for shards in sets.values():

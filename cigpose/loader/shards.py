@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import orjson
 
+from cigpose.files.addresses import is_remote
 from cigpose.files.archives import Extent, list_members
+from cigpose.files.cache import ShardCache
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
-from cigpose.files.objects import LARGEST_TRUTH, cached_shard, is_remote, read_remote
+from cigpose.files.objects import LARGEST_TRUTH, local_path, read_object
 from cigpose.loader.plan import ShardCount
-from cigpose.shard.index import INDEX, LARGEST_INDEX, ShardEntry, ShardIndex, parse_index, read_index
+from cigpose.shard.index import ShardEntry, ShardIndex, read_index
 
 AGAIN = "Delete it and run `dvc repro shard`."
 MAX_OPEN = 64
@@ -54,12 +56,18 @@ class ShardSet:
     address: str
     """Folder, or s3:// or http(s):// address."""
     index: ShardIndex
-    cache: str | None
+    cache: ShardCache
     verify: bool
 
     @classmethod
     def open(
-        cls, dataset: str, root: Path, locations: Mapping[str, str], *, cache: str | None = None, verify: bool = True
+        cls,
+        dataset: str,
+        root: Path,
+        locations: Mapping[str, str],
+        *,
+        cache: ShardCache | None = None,
+        verify: bool = True,
     ) -> ShardSet:
         """The shards of `dataset`, checked as far as that is free: the index is read and local tars have their size.
 
@@ -67,20 +75,19 @@ class ShardSet:
             dataset: its name.
             root: folder of the shard folders.
             locations: dataset -> address in place of `<root>/<dataset>`.
-            cache: folder for remote shards, or None for the user's cache directory.
+            cache: for remote shards; None for the user's cache directory without a limit.
             verify: compare every tar's sha256 when it is opened first in a run.
 
         Raises:
             FileNotFoundError: the index or a local shard is missing.
             DataError: the index cannot be used, or a local shard has another size.
         """
-        address = locations.get(dataset, str(root / dataset))
+        address = locations.get(dataset, str(root / dataset)).rstrip("/")
+        cache = cache or ShardCache()
         if is_remote(address):
-            where = f"{address.rstrip('/')}/{INDEX}"
-            return cls(
-                dataset, address.rstrip("/"), parse_index(read_remote(where, LARGEST_INDEX), where), cache, verify
-            )
-        shards = cls(dataset, address, read_index(Path(address)), cache, verify)
+            return cls(dataset, address, read_index(address), cache, verify)
+        address = str(local_path(address))
+        shards = cls(dataset, address, read_index(address), cache, verify)
         for entry in shards.index.shards:
             path = Path(address) / entry.name
             if not path.is_file():
@@ -124,12 +131,12 @@ class ShardSet:
         if name is None:
             return None
         place = f"{self.address}/{name}"
-        if is_remote(self.address):
-            text = read_remote(place, LARGEST_TRUTH)
-        elif Path(place).is_file():
-            text = Path(place).read_bytes()
-        else:
-            raise FileNotFoundError(f"{place}: not found, but index.json names it. {AGAIN}")
+        try:
+            text = read_object(place, LARGEST_TRUTH)
+        except FileNotFoundError as err:
+            if is_remote(place):
+                raise
+            raise FileNotFoundError(f"{place}: not found, but index.json names it. {AGAIN}") from err
         if wanted is not None and (digest := hashlib.sha256(text).hexdigest()) != wanted:
             raise DataError(f"{place}: sha256 is {digest[:12]}..., index.json says {wanted[:12]}.... {AGAIN}")
         return place, text
@@ -143,7 +150,7 @@ class ShardSet:
         """
         entry = self.index.shards[number]
         if is_remote(self.address):
-            path = cached_shard(f"{self.address}/{entry.name}", entry.sha256, entry.bytes, self.cache)
+            path = self.cache.shard(f"{self.address}/{entry.name}", entry.sha256, entry.bytes)
             return _table(path, entry, False)
         return _table(Path(self.address) / entry.name, entry, self.verify)
 

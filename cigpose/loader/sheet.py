@@ -9,8 +9,8 @@ import numpy as np
 
 from cigpose.config import Config
 from cigpose.draw import draw_poses, label_picture, pack_pictures
+from cigpose.files.addresses import is_remote
 from cigpose.files.errors import DataError
-from cigpose.files.objects import is_remote
 from cigpose.loader.crops import CropMaker, WantedPicture
 from cigpose.loader.shards import ShardSet
 from cigpose.shard.index import ShardIndex

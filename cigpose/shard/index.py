@@ -11,8 +11,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
+from cigpose.files.objects import read_object
 
 FORMAT = 2
 _READABLE = (1, FORMAT)
@@ -198,17 +200,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_index(folder: Path) -> ShardIndex:
-    """The index of the shards in a local folder.
+def read_index(place: str | Path) -> ShardIndex:
+    """The index of the shards in a folder, or at an s3:// or http(s):// address.
 
     Raises:
         FileNotFoundError: no index there: the folder was not sharded, or not to the end.
+        FetchError: the address does not give it.
         DataError: it is not an index of this format.
     """
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found. `python -m pipelines.shard KEY` makes the shards.")
-    return parse_index(path.read_bytes(), str(path))
+    address = f"{str(place).rstrip('/')}/{INDEX}"
+    try:
+        text = read_object(address, LARGEST_INDEX)
+    except FileNotFoundError as err:
+        if is_remote(address):
+            raise
+        raise FileNotFoundError(f"{address}: not found. `python -m pipelines.shard KEY` makes the shards.") from err
+    return parse_index(text, without_credentials(address))
 
 
 def verify(folder: Path, *, digests: bool = True) -> ShardIndex:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cigpose.config import Config
+from cigpose.files.addresses import file_name_of, is_remote
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import load_backbone
 from cigpose.train import workers
@@ -71,8 +72,9 @@ def is_synchronized(config: Config, device: torch.device) -> bool:
 
 
 def pretrained_path(config: Config, root: Path) -> Path:
-    """The file of the backbone's first weights."""
-    return root / "data" / "raw" / "pretrained" / str(config.model.backbone.pretrained)
+    """The file of the backbone's first weights; from an address, the one that `dvc repro pretrained` fetched."""
+    name = str(config.model.backbone.pretrained)
+    return root / "data" / "raw" / "pretrained" / (file_name_of(name) if is_remote(name) else name)
 
 
 def for_world(config: Config, world: int) -> Config:

@@ -1,4 +1,4 @@
-"""Where training states are kept: a local folder or any fsspec address.
+"""Where training states are kept: a local folder or an s3:// address.
 
     <address>/
         step-000001200/
@@ -14,9 +14,7 @@ itself. On a local disk a checkpoint is also written under another name and rena
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -27,16 +25,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from cigpose.files.addresses import without_credentials
+from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.atomic import replace_folder, sync
-from cigpose.files.objects import S3_ENDPOINTS
+from cigpose.files.digest import sha256_of
+from cigpose.files.errors import FetchError, TemporaryFetchError
+from cigpose.files.objects import (
+    fetch_object,
+    local_path,
+    names_in,
+    put_object,
+    read_object,
+    remove_object,
+    size_of,
+)
 
 STATE, VALUES, MANIFEST = "state.safetensors", "state.json", "complete.json"
+_LARGEST_MANIFEST = 1 << 20
+_LARGEST_FILE = 1 << 40
 
 
 class CheckpointError(RuntimeError):
@@ -47,19 +56,23 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        address: folder or fsspec address (`s3://bucket/run`; AWS_ENDPOINT_URL names another server than Amazon's).
+        address: folder, or `s3://bucket/run` (AWS_ENDPOINT_URL names another server than Amazon's).
         keep: number of newest checkpoints that remain.
+
+    Raises:
+        CheckpointError: nothing can be written at such an address.
     """
 
     def __init__(self, address: str | Path, keep: int = 2) -> None:
         self.address = str(address).rstrip("/")
         self.keep = max(1, keep)
-        self._files, self._root = _filesystem(self.address)
-        self._is_local = "file" in _protocols(self._files)
+        self._folder = None if self.address.startswith("s3://") else _local_folder(self.address)
 
     def names(self) -> list[str]:
         """Names of the whole checkpoints, oldest first."""
-        return sorted(name for name in self._entries() if re.fullmatch(r"step-\d+", name) and self._is_whole(name))
+        return sorted(
+            name for name in names_in(self.address) if re.fullmatch(r"step-\d+", name) and self._is_whole(name)
+        )
 
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> str:
         """Write the checkpoint of a step, then drop the oldest beyond `keep`.
@@ -102,11 +115,12 @@ class CheckpointStore:
         return name
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy the file `name` of this store to the local path `target`, atomically."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        self._files.get_file(f"{self._root}/{name}", str(partial))
-        os.replace(partial, target)
+        """Copy the file `name` of this store to the local path `target`, whole or not at all.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        fetch_object(self._at(name), target, _LARGEST_FILE)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (on the CPU) and values of a checkpoint.
@@ -115,14 +129,13 @@ class CheckpointStore:
             CheckpointError: a file is missing, or does not have the size and sha256 that the manifest states.
         """
         for file in (STATE, VALUES):
-            if not self._files.exists(f"{self._root}/{name}/{file}"):
+            if size_of(self._at(name, file)) is None:
                 raise CheckpointError(f"{self.address}/{name}: {file} is missing, though {MANIFEST} is there.")
         with tempfile.TemporaryDirectory(prefix="cigpose-") as scratch:
-            folder = Path(self._root) / name
-            if not self._is_local:
-                folder = Path(scratch)
+            folder = self._folder / name if self._folder else Path(scratch)
+            if not self._folder:
                 for file in (STATE, VALUES, MANIFEST):
-                    self._files.get_file(f"{self._root}/{name}/{file}", str(folder / file))
+                    fetch_object(self._at(name, file), folder / file, _LARGEST_FILE)
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for file, expected in manifest["files"].items():
                 if (found := _facts(folder / file)) != expected:
@@ -135,6 +148,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: there are checkpoints, and all of them are damaged.
+            FetchError: the server does not answer.
         """
         names = self.names()
         faults: list[str] = []
@@ -142,6 +156,8 @@ class CheckpointStore:
         for name in sorted({*names, *published}, reverse=True):
             try:
                 return name, *self.load(name)
+            except TemporaryFetchError:
+                raise
             except (CheckpointError, OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
                 message = f"{self.address}/{name} is damaged and passed over: {err}"
                 warnings.warn(without_credentials(message), stacklevel=2)
@@ -155,47 +171,45 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Remove every checkpoint, whole or not, and their weights."""
-        for name in self._entries():
+        for name in names_in(self.address):
             if re.fullmatch(r"\.?(step-\d+|weights-\d+\.safetensors)(\.partial-\w+|\.\w+\.old)?", name):
                 self._remove(name)
 
-    def _entries(self) -> list[str]:
-        self._files.invalidate_cache()
-        try:
-            return [Path(entry).name for entry in self._files.ls(self._root, detail=False)]
-        except FileNotFoundError:
-            return []
+    def _at(self, *names: str) -> str:
+        """The address of a file or folder of this store."""
+        return "/".join((self.address, *names))
 
     def _published(self) -> list[str]:
         """Names of the checkpoints that were whole once: those with a manifest."""
-        steps = (name for name in self._entries() if re.fullmatch(r"step-\d+", name))
-        return [name for name in steps if self._files.exists(f"{self._root}/{name}/{MANIFEST}")]
+        steps = (name for name in names_in(self.address) if re.fullmatch(r"step-\d+", name))
+        return [name for name in steps if size_of(self._at(name, MANIFEST)) is not None]
 
     def _is_whole(self, name: str) -> bool:
         try:
             files = self._manifest(name)["files"]
-            return all(self._files.size(f"{self._root}/{name}/{f}") == facts["bytes"] for f, facts in files.items())
+            return all(size_of(self._at(name, file)) == facts["bytes"] for file, facts in files.items())
+        except TemporaryFetchError:
+            raise  # nothing is known about it, which must not look like a training that has not begun
         except (OSError, ValueError, KeyError):
             return False
 
     def _manifest(self, name: str) -> dict[str, Any]:
-        return json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
+        return json.loads(read_object(self._at(name, MANIFEST), _LARGEST_MANIFEST))
 
     def _publish(self, name: str, write: Callable[[Path], None], order: tuple[str, ...] | None) -> None:
         """Let `write` make the file `name`, or (with `order`) the folder and its files, visible only when whole."""
         scratch = None
         try:
-            if self._is_local:
-                Path(self._root).mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=self._root if self._is_local else None))
+            if self._folder:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=self._folder))
             made = scratch if order else scratch / name
             write(made)
-            if self._is_local:
-                _publish_locally(made, Path(self._root) / name)
+            if self._folder:
+                _publish_locally(made, self._folder / name)
             else:
                 for file in order or (name,):
-                    remote = f"{self._root}/{name}/{file}" if order else f"{self._root}/{name}"
-                    self._files.put_file(str(scratch / file), remote)
+                    put_object(scratch / file, self._at(name, file) if order else self._at(name))
         except (OSError, safetensors.SafetensorError) as err:
             raise self._explain(err, name) from err
         finally:
@@ -214,7 +228,7 @@ class CheckpointStore:
         """Drop all but the newest checkpoints, older half-written ones, and weights that no checkpoint names."""
         kept = self.names()[-self.keep :]
         named = {self._manifest(name)["weights"] for name in kept}
-        for name in self._entries():
+        for name in names_in(self.address):
             is_old = re.fullmatch(r"step-\d+", name) and name < kept[0]
             is_unnamed = re.fullmatch(r"weights-\d+\.safetensors", name) and name not in named
             if is_old or is_unnamed or re.match(r"\.(step|weights)-.*(\.partial-|\.old$)", name):
@@ -222,11 +236,8 @@ class CheckpointStore:
 
     def _remove(self, name: str) -> None:
         """Remove a checkpoint or file; the manifest first, so that half a removal leaves what does not exist."""
-        manifest = f"{self._root}/{name}/{MANIFEST}"
-        if self._files.exists(manifest):
-            self._files.rm(manifest)
-        with contextlib.suppress(FileNotFoundError):  # a folder of an object store goes with its last file
-            self._files.rm(f"{self._root}/{name}", recursive=True)
+        remove_object(self._at(name, MANIFEST))
+        remove_object(self._at(name))
 
 
 def _publish_locally(made: Path, target: Path) -> None:
@@ -240,24 +251,13 @@ def _publish_locally(made: Path, target: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _protocols(files: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    protocol = files.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _filesystem(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of an address and the path in it. s3:// goes through pyarrow, which needs no further package."""
-    if not address.startswith("s3://"):
-        files, root = fsspec.core.url_to_fs(address)
-        return files, root.rstrip("/")
-    import pyarrow.fs
-    from fsspec.implementations.arrow import ArrowFSWrapper
-
-    options: dict[str, Any] = {"region": os.environ.get("AWS_REGION", "us-east-1")}
-    if endpoint := next((os.environ[name] for name in S3_ENDPOINTS if os.environ.get(name)), None):
-        options["scheme"], _, options["endpoint_override"] = endpoint.partition("://")
-    return ArrowFSWrapper(pyarrow.fs.S3FileSystem(**options)), address.removeprefix("s3://")
+def _local_folder(address: str) -> Path:
+    try:
+        if is_remote(address):
+            raise FetchError(f"{without_credentials(address)}: can only be read.")
+        return local_path(address)
+    except FetchError as err:
+        raise CheckpointError(f"train.checkpoint.address: {err} Name a folder, or s3://bucket/path.") from err

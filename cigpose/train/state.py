@@ -172,7 +172,7 @@ def influential_params(config: Config, shards: Mapping[str, str], pretrained: st
         shards: dataset -> digest of its shards, for the datasets trained and validated on.
         pretrained: digest of the backbone's first weights; None if it starts from random ones.
     """
-    values = config.to_mapping()
+    values = config.to_public_mapping()  # an address may hold a key that is for one day
     flat = _flatten({section: values[section] for section in INFLUENTIAL}, "")
     flat = {key: value for key, value in flat.items() if not key.startswith(HARMLESS)}
     flat["data.train"], flat["data.val"] = values["data"]["train"], values["data"]["val"]

@@ -34,12 +34,12 @@ from packaging.requirements import Requirement
 
 import cigpose
 from cigpose.config import Config, public_params
+from cigpose.shard.index import read_index
 from pipelines.lineage import (
     content_digest,
     digest_of,
     dvc_hashes,
     git_revision,
-    read_shard_index,
     shards_digest,
 )
 from pipelines.paths import MODEL, REPORT, WEIGHTS
@@ -78,13 +78,13 @@ def read_lineage(config: Config, root: Path) -> dict[str, Any]:
     hashes = dvc_hashes(root / "dvc.lock")
     datasets = {}
     for name in dict.fromkeys((*config.data.train, config.data.val)):
-        index = read_shard_index(shards_location(config, name, root))
+        index = read_index(shards_location(config, name, root))
         datasets[name] = {
             "content": content_digest(index),
             "shards": shards_digest(index),
-            "dvc_md5": hashes.get(f"data/shards/{name}"),
-            "sources": index.get("sources", {}),
-            **{count: index.get(count) for count in ("images", "persons", "detections")},
+            "dvc_md5": None if name in config.data.locations else hashes.get(f"data/shards/{name}"),
+            "sources": index.sources,
+            **{count: getattr(index, count) for count in ("images", "persons", "detections")},
         }
     upstream = {path: md5 for path, md5 in hashes.items() if path != "data/registered.json"}
     return {

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cigpose.config import Config
-from pipelines.lineage import content_digest, project_root, read_shard_index
+from cigpose.shard.index import read_index
+from pipelines.lineage import content_digest, project_root
 from pipelines.paths import METRICS, MODEL, REPORT, RUNS
 from pipelines.registry.package import shards_location
 from pipelines.registry.versions import (
@@ -40,7 +41,7 @@ def read_evaluation(config: Config, root: Path) -> Measurement:
     if not math.isfinite(metrics.get(wanted, math.nan)):
         known = ", ".join(sorted(metrics))
         raise RegisterError(f"{METRICS}: no {wanted} (evaluate.metric), by which models are compared. It has: {known}.")
-    index = read_shard_index(shards_location(config, config.data.val, root))
+    index = read_index(shards_location(config, config.data.val, root))
     return Measurement(metrics=metrics, data=content_digest(index), protocol=protocol_of(config))
 
 

@@ -24,8 +24,9 @@ import yaml
 from mlflow import MlflowClient
 
 from cigpose.config import Config
-from cigpose.files.addresses import without_credentials
-from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, read_shard_index, shards_digest
+from cigpose.files.addresses import is_remote, without_credentials
+from cigpose.shard.index import read_index
+from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, shards_digest
 from pipelines.tracking.database import database_path, prepared
 from pipelines.tracking.delivery import Courier, deliver_folder, deliver_run, find_local, get_experiment, is_active
 from pipelines.tracking.spool import LOCAL, Spool
@@ -286,15 +287,17 @@ def _log_parameters(run: Run, config: Config) -> None:
 
 
 def _describe_shards(location: str | Path, context: str, hashes: Mapping[str, str]) -> dict[str, Any]:
-    index = read_shard_index(location)
+    index = read_index(location)
     tags = {"mlflow.data.context": context, "content": content_digest(index)}
     md5 = hashes.get(str(location).rstrip("/")) or hashes.get(f"data/shards/{Path(str(location)).name}")
-    if md5:
+    if md5 and not is_remote(str(location)):
         tags["dvc_md5"] = md5
-    profile = {name: index.get(name) for name in ("images", "persons", "detections")} | {"shards": len(index["shards"])}
+    profile = {name: getattr(index, name) for name in ("images", "persons", "detections")} | {
+        "shards": len(index.shards)
+    }
     uri = without_credentials(str(location)) if "://" in str(location) else str(Path(location).resolve())
     dataset = {
-        "name": index["dataset"],
+        "name": index.dataset,
         "digest": shards_digest(index),
         "source_type": "http"
         if str(location).startswith("http")

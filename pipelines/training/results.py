@@ -15,9 +15,9 @@ import yaml
 
 from cigpose.config import Config
 from cigpose.files.atomic import write_json, write_text, written_file, written_folder
+from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
-from pipelines.lineage import file_sha256
 from pipelines.training import curves
 
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
@@ -117,4 +117,4 @@ def copy_out(source: Path, target: Path) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

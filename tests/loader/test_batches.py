@@ -21,7 +21,7 @@ import torch
 from cigpose.config import Config
 from cigpose.crop import crop_image, crop_matrix, crop_to_image
 from cigpose.files import objects as remote
-from cigpose.files.errors import DataError
+from cigpose.files.errors import DataError, FetchError, MissingError
 from cigpose.loader import crops as crops_module
 from cigpose.loader import shards as shardset
 from cigpose.loader.batches import eval_loader, train_loader
@@ -442,11 +442,6 @@ def test_a_dataset_that_was_not_sharded_is_an_error(tiny_shards: Any) -> None:
 # Remote shards
 
 
-@pytest.fixture
-def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
-
-
 def serve(host: Any, folder: Path, **acts: Any) -> str:
     for path in folder.iterdir():
         host.put(f"/{path.name}", path.read_bytes(), *acts.get(path.suffix[1:], ()))
@@ -468,6 +463,20 @@ def test_http_shards_are_fetched_once_and_read_like_local_ones(tiny_shards: Any,
     assert paths == {"/index.json": 3, "/a-00000.tar": 1, "/a-00001.tar": 1}
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_dataset_larger_than_the_cache_gives_the_same_batches(
+    tiny_shards: Any, host: Any, tmp_path: Path, processes: int
+) -> None:
+    folder = tiny_shards.write("a", [1] * 40)
+    options: dict[str, Any] = {"epoch": 0, "rank": 0, "world": 1, "root": tiny_shards.root}
+    local = list(train_loader(tiny_shards.config("a"), **options))
+    loader = {"cache": str(tmp_path / "cache"), "cache_gb": 1e-6, "processes": processes}
+    config = tiny_shards.config("a", loader=loader, locations={"a": serve(host, folder)})
+    assert_same(train_loader(config, **options), local)
+    held = 3 * config.train.loader.open_shards + 8 * (2 * processes + 1)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == held < 40
+
+
 def test_a_folder_may_be_named_in_locations(tiny_shards: Any, tmp_path: Path) -> None:
     folder = tiny_shards.write("a", [2])
     config = tiny_shards.config("a", locations={"a": str(folder)})
@@ -487,8 +496,8 @@ def test_a_host_that_fails_for_a_while_is_asked_again(tiny_shards: Any, host: An
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ("gone", remote.FetchError, r"a-00000\.tar: HTTP 404\. Correct data\.locations"),
-        ("down", remote.FetchError, r"a-00000\.tar: HTTP 503, 5 times"),
+        ("gone", MissingError, r"a-00000\.tar: HTTP 404\. Correct the address in params\.yaml"),
+        ("down", FetchError, r"a-00000\.tar: HTTP 503\. Try again later\. Tried 5 times"),
         ("other version", DataError, r"a-00000\.tar: sha256 is \w+\.\.\., index.json says .* of different versions"),
     ],
 )
@@ -509,7 +518,7 @@ def test_a_remote_shard_that_cannot_be_had_is_named(
 
 def test_an_address_without_an_index_is_an_error(tiny_shards: Any, host: Any) -> None:
     config = tiny_shards.config("a", locations={"a": f"{host.address}/nowhere"})
-    with pytest.raises(remote.FetchError, match=r"/nowhere/index\.json: HTTP 404"):
+    with pytest.raises(MissingError, match=r"/nowhere/index\.json: HTTP 404"):
         train_loader(config, epoch=0, rank=0, world=1, root=tiny_shards.root)
 
 
@@ -552,10 +561,10 @@ def test_a_server_that_gives_no_end_is_given_up(
         host.bytes_per_s = 100
         monkeypatch.setattr(remote, "TIMEOUT_S", 0.2)
     begin = time.monotonic()
-    with pytest.raises(remote.FetchError, match=message):
+    with pytest.raises(FetchError, match=message):
         list(loader)
     assert time.monotonic() - begin < 10
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
     assert host.sent.get("/a-00000.tar", 0) < 50 << 20
 
 
@@ -567,16 +576,12 @@ def test_s3_shards_are_read_like_local_ones(tiny_shards: Any, tmp_path: Path, s3
     s3.create_bucket(Bucket="people")
     for path in folder.iterdir():
         s3.upload_file(str(path), "people", f"shards/{path.name}")
-    remote._s3.cache_clear()
-    try:
-        cache = {"cache": str(tmp_path / "cache"), "processes": 2}
-        config = tiny_shards.config("a", loader=cache, locations={"a": "s3://people/shards"})
-        assert_same(train_loader(config, **options), local)
-        s3.delete_object(Bucket="people", Key="shards/index.json")
-        with pytest.raises(remote.FetchError, match="not found"):
-            train_loader(config, **options)
-    finally:
-        remote._s3.cache_clear()
+    cache = {"cache": str(tmp_path / "cache"), "processes": 2}
+    config = tiny_shards.config("a", loader=cache, locations={"a": "s3://people/shards"})
+    assert_same(train_loader(config, **options), local)
+    s3.delete_object(Bucket="people", Key="shards/index.json")
+    with pytest.raises(MissingError, match="not found"):
+        train_loader(config, **options)
 
 
 def test_an_evaluation_starts_no_more_loader_processes_than_there_are_cores(

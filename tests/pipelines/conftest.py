@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from shard_index import shard_index
 from train_stage import Stage, make_stage
 
 from cigpose.config import Config, config_from_mapping, load_preset
@@ -115,21 +116,6 @@ def trained(project: Path) -> Callable[..., str]:
         return run.run_id
 
     return make
-
-
-def shard_index(name: str, images: int) -> dict[str, Any]:
-    """An index.json of one shard."""
-    shard = {"name": f"{name}-00000.tar", "sha256": "cd" * 32, "bytes": 10, "images": images}
-    counts = {"images": images, "persons": 2 * images, "detections": 0}
-    sources = {"images.zip": "ab" * 32}
-    return {
-        "format": 1,
-        "dataset": name,
-        "keypoints": "coco_wholebody",
-        **counts,
-        "sources": sources,
-        "shards": [shard],
-    }
 
 
 def _write_json(path: Path, value: Any) -> None:

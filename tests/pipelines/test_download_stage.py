@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cigpose.config import preset_text
+from cigpose.config import load_params, preset_text
 from cigpose.download.sources import TABLE
+from cigpose.train.build import pretrained_path
 from pipelines.download import main
 
 COCO = [
@@ -106,6 +107,25 @@ def test_no_sources_give_a_folder_that_dvc_can_track(project: Project) -> None:
     out, err = process.communicate()
     assert (process.returncode, out, err) == (0, "data/raw/pretrained: nothing to download.\n", "")
     assert project.files("pretrained") == ["manifest.json"]
+
+
+def test_first_weights_come_from_any_address_and_a_missing_file_is_named(project: Project, host) -> None:
+    project.params(sources={})
+    params = yaml.safe_load((project.folder / "params.yaml").read_text())
+    params["model"]["backbone"]["pretrained"] = host.put("/models/mine.pth", b"weights") + "?sig=SECRET"
+    (project.folder / "params.yaml").write_text(yaml.safe_dump(params))
+    status, out, err = project.run("pretrained")
+    assert (status, err) == (0, "")
+    assert out.endswith(f"data/raw/pretrained/mine.pth: from {host.address}/models/mine.pth\n")
+    assert (project.raw("pretrained") / "mine.pth").read_bytes() == b"weights"
+    assert pretrained_path(load_params(), project.folder) == project.raw("pretrained") / "mine.pth"
+    del host.files["/models/mine.pth"]
+    status, out, err = project.run("pretrained")
+    assert (status, err) == (
+        1,
+        f"{host.address}/models/mine.pth: HTTP 404. Correct the address in params.yaml.\n",
+    )
+    assert (project.raw("pretrained") / "mine.pth").is_file()
 
 
 @pytest.mark.parametrize(

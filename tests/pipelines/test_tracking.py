@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from shard_index import shard_index
 
 from cigpose.config import Config
+from cigpose.shard.index import parse_index, read_index
 from pipelines import lineage
 from pipelines.tracking import delivery
 from pipelines.tracking import run as tracking
@@ -186,14 +188,14 @@ def test_a_spoilt_state_of_another_run_stops_nobody(
 def test_shards_are_logged_with_digest_and_dvc_hash(project: Path, config: Config, address: str) -> None:
     folder = project / "data/shards/coco-val"
     folder.mkdir(parents=True)
-    index = {"dataset": "coco-val", "images": 3, "persons": 5, "sources": {"a": "00"}, "shards": [{"sha256": "ff"}]}
+    index = shard_index("coco-val", 3)
     (folder / "index.json").write_text(json.dumps(index))
     lock = "schema: '2.0'\nstages:\n  s:\n    outs:\n    - path: data/shards/coco-val\n      md5: 123abc.dir\n"
     (project / "dvc.lock").write_text(lock)
     with tracking.start_run(config, run_folder=project / ".runs/a") as run:
         run.log_inputs([folder], context="validation")
     found = tracking.connect(address).get_run(run.run_id).inputs.dataset_inputs[0]
-    assert (found.dataset.name, found.dataset.digest) == ("coco-val", lineage.shards_digest(index))
+    assert (found.dataset.name, found.dataset.digest) == ("coco-val", lineage.shards_digest(read_index(folder)))
     tags = {tag.key: tag.value for tag in found.tags}
     assert tags["mlflow.data.context"] == "validation"
     assert tags["dvc_md5"] == "123abc.dir"
@@ -318,8 +320,24 @@ def test_an_experiment_in_a_temporary_copy_uses_the_database_of_the_project(proj
 
 
 def test_the_content_of_shards_does_not_depend_on_how_they_are_cut() -> None:
-    index = {"dataset": "a", "images": 4, "sources": {"a.zip": "11"}, "shards": [{"sha256": "1"}]}
-    cut = index | {"shards": [{"sha256": "2"}, {"sha256": "3"}]}
+    index, cut, larger = (
+        parse_index(json.dumps(values), "index.json")
+        for values in (shard_index("a", 4), shard_index("a", 4, ("11" * 32, "22" * 32)), shard_index("a", 5))
+    )
     assert lineage.content_digest(index) == lineage.content_digest(cut)
-    assert lineage.content_digest(index) != lineage.content_digest(index | {"images": 5})
+    assert lineage.content_digest(index) != lineage.content_digest(larger)
     assert lineage.shards_digest(index) != lineage.shards_digest(cut)
+
+
+def test_shards_at_an_address_are_logged_by_it_and_not_by_what_dvc_has_under_their_name(
+    project: Path, config: Config, address: str, host
+) -> None:
+    host.put("/coco-val/index.json", json.dumps(shard_index("coco-val", 3)).encode())
+    lock = "schema: '2.0'\nstages:\n  s:\n    outs:\n    - path: data/shards/coco-val\n      md5: 123abc.dir\n"
+    (project / "dvc.lock").write_text(lock)
+    with tracking.start_run(config, run_folder=project / ".runs/a") as run:
+        run.log_inputs([f"{host.address}/coco-val"], context="validation")
+    found = tracking.connect(address).get_run(run.run_id).inputs.dataset_inputs[0]
+    assert json.loads(found.dataset.source) == {"uri": f"{host.address}/coco-val"}
+    assert found.dataset.source_type == "http"
+    assert "dvc_md5" not in {tag.key for tag in found.tags}

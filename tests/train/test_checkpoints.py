@@ -9,6 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from cigpose.files import objects
+from cigpose.files.errors import FetchError
+from cigpose.files.objects import remove_object
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 
 
@@ -21,9 +24,12 @@ def stored(store: CheckpointStore) -> float | None:
     return None if found is None else float(found[1]["weight"][0, 0])
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "s3"])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "run") if request.param == "folder" else f"memory://{tmp_path.name}/run"
+    if request.param == "folder":
+        return str(tmp_path / "run")
+    request.getfixturevalue("s3").create_bucket(Bucket="training")
+    return "s3://training/run"
 
 
 def test_the_newest_of_the_kept_checkpoints_is_loaded(address: str) -> None:
@@ -86,11 +92,10 @@ def test_a_manifest_without_its_tensors_starts_nothing_anew_by_itself(address: s
     store = CheckpointStore(address, keep=3)
     store.save(1, *state(1))
     store.save(2, *state(2))
-    files = store._files
-    files.rm(f"{store._root}/step-000000002/state.safetensors")
+    remove_object(f"{address}/step-000000002/state.safetensors")
     with pytest.warns(UserWarning, match="step-000000002: state.safetensors is missing"):
         assert stored(store) == 1
-    files.rm(f"{store._root}/step-000000001/state.safetensors")
+    remove_object(f"{address}/step-000000001/state.safetensors")
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"is missing, though.*--restart begins anew"):
         store.load_newest()
     store.clear()
@@ -155,7 +160,6 @@ def test_the_state_is_plain_json_and_safetensors(tmp_path: Path) -> None:
     assert json.loads((folder / "state.json").read_text()) == {"step": 4}
 
 
-@pytest.mark.slow
 def test_an_object_store_keeps_checkpoints(s3: Any) -> None:
     s3.create_bucket(Bucket="training")
     store = CheckpointStore("s3://training/runs/a", keep=1)
@@ -166,3 +170,24 @@ def test_an_object_store_keeps_checkpoints(s3: Any) -> None:
     assert stored(CheckpointStore("s3://training/runs/a")) == 2
     store.clear()
     assert store.names() == []
+
+
+@pytest.mark.usefixtures("fast_retries")
+def test_a_server_that_is_down_is_not_a_training_that_has_not_begun(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.create_bucket(Bucket="training")
+    store = CheckpointStore("s3://training/runs/a")
+    store.save(1, *state(1))
+    monkeypatch.setattr(CheckpointStore, "_manifest", lambda *_: objects.read_object("http://127.0.0.1:9/x", 9))
+    with pytest.raises(FetchError, match="not reached"):
+        store.load_newest()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/runs", "gs://training/runs", "memory://runs"])
+def test_an_address_where_nothing_can_be_written_is_refused_at_once(address: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"train\.checkpoint\.address: {address}: .* or s3://bucket/path"):
+        CheckpointStore(address)
+
+
+def test_a_bucket_that_is_not_there_is_named_before_anything_is_trained(s3: Any) -> None:
+    with pytest.raises(FetchError, match=r"s3://nowhere/runs: the server says NO_SUCH_BUCKET"):
+        CheckpointStore("s3://nowhere/runs").names()
