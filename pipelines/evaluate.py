@@ -17,31 +17,27 @@ from pathlib import Path
 
 import torch
 
-from cigpose.config import Config, load_params
+from cigpose.config import Config
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
-from cigpose.files.addresses import without_credentials
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import METRICS, PARTS_PLOT, REPORT, SHARDS, WEIGHTS
+from pipelines.stage import stage
 
 
-def main() -> None:
-    """Evaluate the trained model; errors are one sentence and exit code 1."""
-    try:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        evaluation = evaluate_checkpoint(
-            WEIGHTS, load_params(), shards_root=SHARDS, results_path=REPORT / "results.json"
-        )
-        assert evaluation is not None  # one process: this is rank 0
-        write_page(evaluation, REPORT)
-        export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
-        report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
-        report.write_metrics_json(evaluation.metrics, METRICS)
-    except (ValueError, OSError) as err:
-        sys.exit(without_credentials(f"evaluate: {err}"))
+@stage("evaluate")
+def main(config: Config) -> None:
+    """Evaluate the trained model."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    evaluation = evaluate_checkpoint(WEIGHTS, config, shards_root=SHARDS, results_path=REPORT / "results.json")
+    assert evaluation is not None  # one process: this is rank 0
+    write_page(evaluation, REPORT)
+    export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
+    report.write_metrics_json(evaluation.metrics, METRICS)
     metric = evaluation.config.evaluate.metric
-    print(f"{evaluation.config.data.val}: {metric} {evaluation.metrics.get(metric, float('nan')):.4f}")
+    print(f"{config.data.val}: {metric} {evaluation.metrics.get(metric, float('nan')):.4f}")
     print(report.parts_table(evaluation.metrics), end="")
 
 
@@ -84,4 +80,4 @@ def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
