@@ -100,6 +100,23 @@ def test_changed_first_weights_are_another_run(
     assert "not found. `dvc repro pretrained` fetches the backbone's first weights." in outcome_of(capsys)[1]
 
 
+def test_another_evaluation_is_of_the_same_run(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.params(seed=6)
+    folder = finish_run()
+    other = {"person_score": "box", "oks_nms_threshold": None, "keypoint_score_threshold": 0.1, "area": "box"}
+    others = {f"evaluate__{name}": value for name, value in {**other, "batch": 3, "metric": "body/AP"}.items()}
+    stage.params(seed=6, **others)
+    assert outcome_of(capsys) == (
+        0,
+        f"{folder}: finished before with these params; its results are taken. --restart trains anew.\n"
+        "quickstart: best epoch 1 of 2\n",
+    )
+    stage.params(seed=6, train__validation__metric="body/AP")
+    assert outcome_of(capsys)[0] == 1 and trained[0] != folder
+
+
 @pytest.mark.parametrize(
     "harm, sentence",
     [
@@ -144,12 +161,13 @@ def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
     assert trained == [folder] and not folder.exists()
 
 
+@pytest.mark.parametrize("protocol", ["evaluate", "train.validation"])
 def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
-    stage: Stage, trained: list[Path], tmp_path: Path
+    stage: Stage, trained: list[Path], tmp_path: Path, protocol: str
 ) -> None:
-    stage.params(evaluate__metric="whole/AP_easy")
+    stage.params(**{f"{protocol.replace('.', '__')}__metric": "whole/AP_easy"})
     run: Any = None  # nothing is told to MLflow yet
-    with pytest.raises(ConfigError, match=r"evaluate\.metric: 'whole/AP_easy' is not among"):
+    with pytest.raises(ConfigError, match=rf"^{protocol}\.metric: 'whole/AP_easy' is not among"):
         Watch(load_params(), tmp_path, run, Path("data/shards"))
 
 
