@@ -41,6 +41,20 @@ STAGES = {"render", "download", "shard", "train", "evaluate", "register"}
 SAME_IN_SEVERAL = {"main", "add_parser"}
 """What a module has by its kind, under one name in all."""
 
+NO_PART_OF_A_RESULT = {
+    "cigpose.config",
+    "cigpose.download",
+    "cigpose.files.addresses",
+    "cigpose.files.atomic",
+    "cigpose.files.digest",
+    "cigpose.files.errors",
+    "cigpose.files.objects",
+    "cigpose.pool",
+    "cigpose.progress",
+    "cigpose.shard.index",
+}
+"""Code that reads params and carries or checks bytes: a change of it makes no stage stale."""
+
 
 def imports(file: Path) -> set[str]:
     """Modules (and names of modules) a file imports, wherever in it."""
@@ -176,3 +190,24 @@ def test_every_param_is_marked_with_stages_that_exist() -> None:
 def within(name: str, places: set[str]) -> bool:
     """Whether a dotted name is one of these places or lies below one."""
     return any(f"{name}.".startswith(f"{place}.") for place in places)
+
+
+def code_of(root: Path, stage: str) -> set[str]:
+    """Modules of the library that a stage's module imports, and what they import."""
+    graph, found = uses(root, "cigpose"), set()
+    names = imports(root / f"pipelines/{stage}.py")
+    new = names | {name.rpartition(".")[0] for name in names}
+    while new := (new & graph.keys()) - found - {"cigpose"}:
+        found |= new
+        new = {used for name in new for used in graph[name]}
+    return found
+
+
+@pytest.mark.parametrize("stage", ["render", "shard", "evaluate"])
+def test_the_code_a_stage_depends_on_is_what_it_imports(root: Path, stage: str) -> None:
+    about = STAGES_OF_DVC[stage].get("do", STAGES_OF_DVC[stage])
+    paths = {dep for dep in about["deps"] if dep.startswith("cigpose/")}
+    assert all((root / path).exists() for path in paths)
+    named, imported = {path.removesuffix(".py").replace("/", ".") for path in paths}, code_of(root, stage)
+    assert {name for name in imported if not within(name, named | NO_PART_OF_A_RESULT)} == set()
+    assert {place for place in named if not any(within(name, {place}) for name in imported)} == set()

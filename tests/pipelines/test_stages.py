@@ -88,3 +88,18 @@ def test_what_changes_an_evaluation_makes_it_stale_and_not_the_training(done: Pr
         "train": ["train.loader.open_shards"],  # which orders the pictures
     }
     (done.folder / "params.yaml").write_text(params)
+
+
+def test_a_fix_in_the_code_makes_its_stages_stale_and_what_python_keeps_beside_it_does_not(done: Project) -> None:
+    for room in ("shard", "evaluate", "loader", "model", "train"):
+        kept = done.folder / "cigpose" / room / "__pycache__/head.cpython-311.pyc"
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_bytes(b"compiled")
+    assert stale(done) == {}
+    code = {done.folder / f"cigpose/{name}.py": "" for name in ("shard/write", "train/loop", "model/head")}
+    for file in code:
+        code[file] = file.read_text()
+        file.write_text(code[file] + "# a fix\n")
+    assert stale(done) == {"shard@people": ["cigpose/shard"], "evaluate": ["cigpose/model"]}
+    for file, text in code.items():
+        file.write_text(text)
