@@ -42,6 +42,7 @@ def stage(
 
     Returns: a decorator of `function(config, ...)`, which gives `main(arguments=None) -> exit status`.
     """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
 
     def decorate(function: Callable[..., None]) -> Callable[..., int]:
         @functools.wraps(function)
@@ -49,7 +50,7 @@ def stage(
             given = _parse(name, function.__globals__["__doc__"], member_of, flags or {}, arguments)
             try:
                 function(load_params(), **given)
-            except (ValueError, OSError, *errors) as err:
+            except expected as err:
                 print(without_credentials(f"{name}: {err}"), file=sys.stderr)
                 return 1
             except KeyboardInterrupt:
