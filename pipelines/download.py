@@ -11,15 +11,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cigpose.config import Config, load_params
+from cigpose.config import Config
 from cigpose.download.fetch import fetch
 from cigpose.download.sources import TABLE
 from cigpose.files.addresses import is_remote, without_credentials
-from cigpose.files.errors import FetchError
 from cigpose.files.objects import fetch_object
 from cigpose.train.build import pretrained_path
-from pipelines.member import asked_member
 from pipelines.paths import RAW
+from pipelines.stage import stage
+
+
+@stage("download", member_of="data.download.sources", when_stopped="The same command goes on from where it stopped.")
+def main(config: Config, key: str) -> None:
+    """Fetch the files of one key."""
+    sources = {**config.data.download.sources, "pretrained": first_weights(config)}
+    if key not in sources:
+        raise ValueError(f"params.yaml: data.download.sources has no {key!r}. Known: {', '.join(sources)}.")
+    fetch(RAW / key, sources[key], config.data.download, say=say)
+    if key == "pretrained":
+        fetch_first_weights(config)
+
 
 LARGEST_WEIGHTS = 16 << 30
 """Bytes."""
@@ -28,23 +39,6 @@ LARGEST_WEIGHTS = 16 << 30
 def say(line: str) -> None:
     """A line for the user, at once."""
     print(without_credentials(line), flush=True)
-
-
-def main() -> None:
-    """Run the stage; a user's mistake ends it with one sentence and exit status 1."""
-    key = asked_member("download", "data.download.sources")
-    try:
-        config = load_params()
-        sources = {**config.data.download.sources, "pretrained": first_weights(config)}
-        if key not in sources:
-            sys.exit(f"params.yaml: data.download.sources has no {key!r}. Known: {', '.join(sources)}.")
-        fetch(RAW / key, sources[key], config.data.download, say=say)
-        if key == "pretrained":
-            fetch_first_weights(config)
-    except (ValueError, FetchError, FileNotFoundError) as err:
-        sys.exit(without_credentials(str(err)))
-    except KeyboardInterrupt:
-        sys.exit(f"Interrupted. Run again: {RAW / key} goes on from where it stopped.")
 
 
 def first_weights(config: Config) -> tuple[str, ...]:
@@ -82,4 +76,4 @@ def fetch_first_weights(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,34 +17,30 @@ from pathlib import Path
 
 import torch
 
-from cigpose.config import Config, load_params
+from cigpose.config import Config
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
 from cigpose.evaluate.page import write_page
-from cigpose.files.addresses import without_credentials
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS
+from pipelines.stage import stage
 
 
-def main() -> None:
-    """Evaluate the trained model; errors are one sentence and exit code 1."""
-    try:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        evaluation = evaluate_checkpoint(
-            WEIGHTS, load_params(), shards_root=SHARDS, results_path=REPORT / "results.json"
-        )
-        assert evaluation is not None  # one process: this is rank 0
-        write_results(evaluation, REPORT)
-        export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
-        report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
-        report.write_metrics_json(evaluation.metrics, METRICS)
-    except (ValueError, OSError) as err:
-        sys.exit(without_credentials(f"evaluate: {err}"))
+@stage("evaluate")
+def main(config: Config) -> None:
+    """Evaluate the trained model."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    evaluation = evaluate_checkpoint(WEIGHTS, config, shards_root=SHARDS, results_path=REPORT / "results.json")
+    assert evaluation is not None  # one process: this is rank 0
+    write_results(evaluation, REPORT)
+    export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
+    report.write_metrics_json(evaluation.metrics, METRICS)
     metric = evaluation.config.evaluate.metric
     speed = len(evaluation.predictions) / evaluation.seconds  # not on the page: the same model gives the same bytes
     value = evaluation.metrics.get(metric, float("nan"))
-    print(f"{evaluation.config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
+    print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
     print(report.parts_table(evaluation.metrics), end="")
 
 
@@ -79,4 +75,4 @@ def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

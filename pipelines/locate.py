@@ -11,27 +11,24 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from cigpose.config import load_params
+from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import write_json
 from cigpose.shard.index import read_index
-from pipelines.member import asked_member
 from pipelines.paths import SHARDS
+from pipelines.stage import stage
 
 
-def main() -> None:
-    """Run the stage; errors are one sentence and exit code 1."""
-    key = asked_member("locate", "data.locations")
-    try:
-        locations = load_params().data.locations
-        if key not in locations:
-            sys.exit(f"params.yaml: data.locations has no {key!r}. Known: {', '.join(locations) or 'none'}.")
-        index = read_index(locations[key])
-        write_json(SHARDS / f"{key}.json", dataclasses.asdict(index))
-    except (ValueError, OSError) as err:
-        sys.exit(without_credentials(f"locate: {err}"))
+@stage("locate", member_of="data.locations")
+def main(config: Config, key: str) -> None:
+    """Keep the index of one dataset that lies elsewhere."""
+    locations = config.data.locations
+    if key not in locations:
+        raise ValueError(f"params.yaml: data.locations has no {key!r}. Known: {', '.join(locations) or 'none'}.")
+    index = read_index(locations[key])
+    write_json(SHARDS / f"{key}.json", dataclasses.asdict(index))
     print(f"{without_credentials(locations[key])}: {len(index.shards)} shards, {index.persons} persons")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

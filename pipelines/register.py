@@ -8,19 +8,16 @@ Registering the same weights of the same run again finds the same version. `--sh
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from cigpose.config import Config, load_params
-from cigpose.files.addresses import without_credentials
+from cigpose.config import Config
 from cigpose.files.atomic import write_json
 from cigpose.files.digest import sha256_of
 from pipelines.paths import METRICS, MODEL, REGISTERED, WEIGHTS
@@ -46,37 +43,32 @@ from pipelines.registry.versions import (
     WEIGHTS_TAG,
     Registry,
 )
+from pipelines.stage import stage
 from pipelines.tracking import run as tracking
-
-log = logging.getLogger(__name__)
 
 UPLOAD_S = 30.0
 """Seconds without an answer after which MLflow is given up: it answers an upload once it has stored the file."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Register, or show what was registered; 1 on failure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", action="store_true", help="print the outcome of the last registration again")
-    options = parser.parse_args(arguments)
+@stage(
+    "register",
+    flags={"--show": "print the outcome of the last registration again"},
+    errors=(RegisterError,),
+    when_stopped="The same command finds again what it registered.",
+)
+def main(config: Config, show: bool) -> None:
+    """Register, or show what was registered."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     tracking.be_impatient(UPLOAD_S)
-    try:
-        config = load_params()
-        if not options.show:
+    if not show:
+        try:
             write_json(REGISTERED, register(config, Path.cwd()))
-        print(summary(read_json(REGISTERED), flat_metrics(read_json(METRICS))))
-    except tracking.UnreachableError as err:
-        advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
-        print(f"register: {err} {advice}", file=sys.stderr)
-        return 1
-    except MlflowException as err:
-        print(without_credentials(f"register: MLflow: {str(err).splitlines()[0]}"), file=sys.stderr)
-        return 1
-    except (RegisterError, ValueError, OSError) as err:
-        print(without_credentials(f"register: {err}"), file=sys.stderr)
-        return 1
-    return 0
+        except tracking.UnreachableError as err:
+            advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
+            raise RegisterError(f"{err} {advice}") from err
+        except MlflowException as err:
+            raise RegisterError(f"MLflow: {str(err).splitlines()[0]}") from err
+    print(summary(read_json(REGISTERED), flat_metrics(read_json(METRICS))))
 
 
 def register(config: Config, root: Path) -> dict[str, Any]:

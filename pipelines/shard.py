@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from cigpose.config import load_params
-from cigpose.files.addresses import without_credentials
+from cigpose.config import Config
 from cigpose.shard.write import write_dataset
-from pipelines.member import asked_member
 from pipelines.paths import RAW, SHARDS
+from pipelines.stage import stage
 
 
-def main() -> None:
-    """Shard one dataset; errors are one sentence and exit code 1."""
-    key = asked_member("shard", "data.datasets")
-    try:
-        index = write_dataset(load_params(), key, RAW, SHARDS)
-    except (ValueError, OSError) as err:
-        sys.exit(without_credentials(f"shard: {err}"))
+@stage("shard", member_of="data.datasets")
+def main(config: Config, key: str) -> None:
+    """Shard one dataset."""
+    index = write_dataset(config, key, RAW, SHARDS)
     dropped = ", ".join(f"{count} {reason}" for reason, count in index.dropped.items()) or "none"
     print(
         f"{index.dataset}: {index.persons} persons on {index.images} images in {len(index.shards)} shards; "
@@ -29,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

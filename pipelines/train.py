@@ -13,87 +13,51 @@ this project's own: two projects that share an address on S3 do not see one anot
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cigpose.config import Config, load_params
+from cigpose.config import Config
 from cigpose.evaluate.checkpoint import open_shards
-from cigpose.files.addresses import without_credentials
-from cigpose.files.atomic import claimed
-from cigpose.files.digest import sha256_of
-from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
-from cigpose.train.state import influential_params
-from pipelines.lineage import digest_of, project_root, shards_digest
-from pipelines.paths import DATA, RUNS, SHARDS
+from pipelines.paths import DATA, SHARDS
+from pipelines.stage import stage
 from pipelines.tracking import run as tracking
 from pipelines.training import driver
+from pipelines.training.identity import alone, run_folder, run_params
 from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
 from pipelines.training.watch import Watch
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, or go on, or copy out; errors are one sentence and exit code 1."""
-    restart = _parse(arguments).restart
-    try:
-        config = load_params()
-        params = influential_params(config, digests(config), pretrained_digest(config))
-        folder = run_folder(config, params)
-        with alone(config, folder):
-            store = CheckpointStore(config.train.checkpoint.address or folder / "checkpoints")
-            if restart:
-                forget(folder, store)
-            if not is_finished(folder, store):
-                train_run(config, params, folder, store)
-            for name in OUTPUTS:
-                copy_out(folder / RESULTS / name, DATA / name)
-            metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
-    except (driver.TrainingError, CheckpointError, ValueError, OSError) as err:
-        sys.exit(without_credentials(f"train: {err}"))
-    except KeyboardInterrupt:
-        print("train: stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+@stage(
+    "train",
+    flags={"--restart": "forget the run of these params, and train anew"},
+    errors=(driver.TrainingError, CheckpointError),
+    when_stopped="The same command goes on from the last checkpoint.",
+)
+def main(config: Config, restart: bool) -> None:
+    """Train, or go on, or copy out."""
+    params = run_params(config)
+    folder = run_folder(config, params)
+    with alone(config, folder):
+        store = CheckpointStore(config.train.checkpoint.address or folder / "checkpoints")
+        if restart:
+            forget(folder, store)
+        if not is_finished(folder, store):
+            train_run(config, params, folder, store)
+        for name in OUTPUTS:
+            copy_out(folder / RESULTS / name, DATA / name)
+        metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
     print(f"{config.name}: best epoch {metrics['best_epoch']} of {metrics['epochs']}")
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--restart", action="store_true", help="forget the run of these params, and train anew")
-    return parser.parse_args(arguments)
-
-
-@contextlib.contextmanager
-def alone(config: Config, folder: Path) -> Iterator[None]:
-    """Hold the run, and its checkpoint address if it has one, for this process.
-
-    Raises:
-        ClaimedError: another process trains it, or keeps its checkpoints there.
-    """
-    with contextlib.ExitStack() as claims:
-        claims.enter_context(claimed(folder.with_name(f"{folder.name}.lock"), "a training of this run"))
-        if address := config.train.checkpoint.address:
-            lock = folder.with_name(f"checkpoints-{digest_of(address.rstrip('/'))}.lock")
-            claims.enter_context(claimed(lock, f"a training with its checkpoints at {address}"))
-        yield
 
 
 def train_run(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.start_run(config, kind="train", run_folder=folder) as run:
-        run.log_inputs([shards.address for shards in opened(config, config.data.train)], context="training")
-        run.log_inputs([shards.address for shards in opened(config, (config.data.val,))], context="validation")
+        for context, datasets in (("training", config.data.train), ("validation", (config.data.val,))):
+            run.log_inputs([open_shards(config, name, SHARDS).address for name in datasets], context=context)
         watch = Watch(config, folder, run, SHARDS)
         settings = {
             "root": str(Path.cwd()),
@@ -112,36 +76,5 @@ def train_run(config: Config, params: dict[str, Any], folder: Path, store: Check
         store.clear()  # nothing will go on from them
 
 
-def run_folder(config: Config, params: dict[str, Any]) -> Path:
-    """Where the run of these params works."""
-    digest = hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
-    return project_root() / RUNS / f"{config.name}-{digest[:8]}"
-
-
-def opened(config: Config, datasets: tuple[str, ...]) -> list[Any]:
-    """The shards of some datasets."""
-    return [open_shards(config, dataset, SHARDS) for dataset in datasets]
-
-
-def digests(config: Config) -> dict[str, str]:
-    """Dataset -> digest of its shards, for training and validation."""
-    names = dict.fromkeys((*config.data.train, config.data.val))
-    return {shards.dataset: shards_digest(shards.index) for shards in opened(config, tuple(names))}
-
-
-def pretrained_digest(config: Config) -> str | None:
-    """Sha256 of the backbone's first weights; None where it starts from random ones.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-    """
-    if config.model.backbone.pretrained is None:
-        return None
-    path = pretrained_path(config, Path.cwd())
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found. `dvc repro pretrained` fetches the backbone's first weights.")
-    return sha256_of(path)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cigpose.config import load_preset, presets
+from cigpose.config import Config, load_preset, presets
+from cigpose.config.schema import field_marks, leaves, nearest_mark
 
 ORCHESTRATORS = {"dvc", "prefect", "ray", "mlflow", "pipelines"}
 GROUND = {"files", "config", "keypoints", "codec", "crop", "draw", "progress", "pool"}
@@ -40,22 +41,21 @@ STAGES = {"render", "download", "shard", "locate", "train", "evaluate", "registe
 SAME_IN_SEVERAL = {"main", "add_parser"}
 """What a module has by its kind, under one name in all."""
 
-# Keys of params.yaml that change how, where or how visibly a result is made, but not the result.
-WITHOUT_EFFECT = {
-    "published",
-    "data.download.mirror",
-    "data.download.drive_ids",
-    "data.download.parallel_files",
-    "data.download.timeout_s",
-    "data.download.max_attempts",
-    "data.sharding.processes",
-    "train.channels_last",
-    "train.compile",
-    "train.log_every_steps",
-    "train.checkpoint",
-    "train.loader",
-    "train.cluster",
+NO_PART_OF_A_RESULT = {
+    "cigpose.config",
+    "cigpose.download",
+    "cigpose.files.addresses",
+    "cigpose.files.atomic",
+    "cigpose.files.cache",
+    "cigpose.files.digest",
+    "cigpose.files.errors",
+    "cigpose.files.objects",
+    "cigpose.files.s3",
+    "cigpose.pool",
+    "cigpose.progress",
+    "cigpose.shard.index",
 }
+"""Code that reads params and carries or checks bytes: a change of it makes no stage stale."""
 
 
 def imports(file: Path) -> set[str]:
@@ -168,31 +168,48 @@ def test_a_public_name_means_one_thing(root: Path) -> None:
     assert not twice
 
 
-def stage_params(root: Path) -> set[str]:
-    """Every params key a stage of dvc.yaml depends on, foreach members merged."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"].values()
-    keys = {key for stage in stages for key in stage.get("do", stage)["params"]}
-    return {key.removesuffix(".${key}") for key in keys}
+STAGES_OF_DVC = yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+EXPERIMENTS = [load_preset(name) for name in presets()]
 
 
-def leaves(values: dict, path: str = "") -> set[str]:
-    found = set()
-    for key, value in values.items():
-        here = f"{path}.{key}" if path else key
-        found |= leaves(value, here) if isinstance(value, dict) and value else {here}
+@pytest.mark.parametrize("stage", STAGES_OF_DVC)
+def test_a_stage_of_dvc_yaml_depends_on_exactly_the_params_that_are_marked_to_affect_it(stage: str) -> None:
+    about = STAGES_OF_DVC[stage].get("do", STAGES_OF_DVC[stage])
+    keys = {key.removesuffix(".${key}") for key in about["params"]}
+    for config in EXPERIMENTS:
+        all_leaves = leaves(config.to_mapping())
+        assert {leaf for leaf in all_leaves if within(leaf, keys)} == set(config.params_of(stage))
+        assert all(any(within(leaf, {key}) for leaf in all_leaves) for key in keys)
+
+
+def test_every_param_is_marked_with_stages_that_exist() -> None:
+    marks = field_marks(Config, "stages")
+    assert {stage for mark in marks.values() for stage in mark} == set(STAGES_OF_DVC)
+    for config in EXPERIMENTS:
+        assert {leaf for leaf in leaves(config.to_mapping()) if nearest_mark(leaf, marks) is None} == set()
+
+
+def within(name: str, places: set[str]) -> bool:
+    """Whether a dotted name is one of these places or lies below one."""
+    return any(f"{name}.".startswith(f"{place}.") for place in places)
+
+
+def code_of(root: Path, stage: str) -> set[str]:
+    """Modules of the library that a stage's module imports, and what they import."""
+    graph, found = uses(root, "cigpose"), set()
+    names = imports(root / f"pipelines/{stage}.py")
+    new = names | {name.rpartition(".")[0] for name in names}
+    while new := (new & graph.keys()) - found - {"cigpose"}:
+        found |= new
+        new = {used for name in new for used in graph[name]}
     return found
 
 
-@pytest.mark.parametrize("name", presets())
-def test_every_parameter_either_makes_a_stage_stale_or_is_known_to_have_no_effect(root: Path, name: str) -> None:
-    tracked = stage_params(root) | WITHOUT_EFFECT
-    for leaf in leaves(load_preset(name).to_mapping()):
-        covered = {leaf[:i] for i, letter in enumerate(leaf) if letter == "."} | {leaf}
-        assert covered & tracked, f"{leaf} is in params.yaml, but no stage of dvc.yaml depends on it"
-
-
-def test_every_key_a_stage_depends_on_exists(root: Path) -> None:
-    values = load_preset("quickstart").to_mapping()
-    known = leaves(values)
-    sections = {leaf[:i] for leaf in known for i, letter in enumerate(leaf) if letter == "."} | known
-    assert stage_params(root) <= sections
+@pytest.mark.parametrize("stage", ["render", "shard", "evaluate"])
+def test_the_code_a_stage_depends_on_is_what_it_imports(root: Path, stage: str) -> None:
+    about = STAGES_OF_DVC[stage].get("do", STAGES_OF_DVC[stage])
+    paths = {dep for dep in about["deps"] if dep.startswith("cigpose/")}
+    assert all((root / path).exists() for path in paths)
+    named, imported = {path.removesuffix(".py").replace("/", ".") for path in paths}, code_of(root, stage)
+    assert {name for name in imported if not within(name, named | NO_PART_OF_A_RESULT)} == set()
+    assert {place for place in named if not any(within(name, {place}) for name in imported)} == set()

@@ -60,7 +60,22 @@ def test_what_use_writes_is_complete_and_fits_the_page(name: str) -> None:
 
 
 def test_the_committed_params_are_the_quickstart(root: Path) -> None:
-    assert load_params(root / "params.yaml") == load_preset("quickstart")
+    assert (root / "params.yaml").read_text() == params_text(load_preset("quickstart"))
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_measures_its_epochs_as_its_model_as_the_original_does(name: str) -> None:
+    config = load_preset(name)
+    assert config.for_validation() == config
+
+
+def test_params_of_before_train_validation_had_their_epochs_measured_by_evaluate() -> None:
+    values = load_preset("cigpose-l_crowdpose_256x192").to_mapping()
+    del values["train"]["validation"]
+    assert config_from_mapping(values) == load_preset("cigpose-l_crowdpose_256x192")
+    values["evaluate"]["flip"] = True
+    with pytest.raises(ConfigError, match=r"^evaluate\.flip: unknown key"):
+        config_from_mapping(values)
 
 
 @pytest.mark.parametrize("upstream", sorted(PRESETS))

@@ -62,8 +62,11 @@ WORKS: dict[str, tuple[Any, ...]] = {
     "train.loader.processes": (0,),
     "train.loader.shuffle_buffer": (0,),
     "train.cluster.max_failures": (0,),
-    "evaluate.keypoint_score_threshold": (0,),
-    "evaluate.oks_nms_threshold": (0,),
+    **{
+        f"{protocol}.{name}": (0,)
+        for protocol in ("evaluate", "train.validation")
+        for name in ("keypoint_score_threshold", "oks_nms_threshold")
+    },
     "registry.margin": (0,),
     "published.ap": (0,),
 }

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import ADDRESS, LARGEST, PRIVATE, require, require_between, require_name
+from cigpose.config.schema import ADDRESS, HOW, LARGEST, PRIVATE, affects, require, require_between, require_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
     """What to fetch, and from where."""
 
-    sources: dict[str, tuple[str, ...]]
+    sources: dict[str, tuple[str, ...]] = field(metadata=affects("download"))
     """Folder under data/raw -> names of files in the download table (`cigpose.download.fetch`). May be empty."""
     mirror: str | None = field(default=None, metadata=PRIVATE)
     """Address that replaces the hosts: <mirror>/<host>/<path>."""
@@ -119,7 +119,7 @@ class ShardingConfig:
     """Share of persons that may be unreadable before the stage fails."""
     verify_images: bool = False
     """Decode every picture. Headers, ends and checksums are looked at in any case."""
-    processes: int = 0
+    processes: int = field(default=0, metadata=HOW)
     """0: one per core, fewer where there is little to copy."""
 
     def __post_init__(self) -> None:
@@ -133,17 +133,17 @@ class ShardingConfig:
 class DataConfig:
     """Where people come from."""
 
-    download: DownloadConfig
-    render: dict[str, RenderConfig]
+    download: DownloadConfig = field(metadata=HOW)
+    render: dict[str, RenderConfig] = field(metadata=affects("render"))
     """Folder under data/raw -> a rendered dataset. May be empty."""
-    datasets: dict[str, DatasetConfig]
+    datasets: dict[str, DatasetConfig] = field(metadata=affects("shard"))
     """Folder under data/shards -> a set of shards."""
-    train: tuple[str, ...]
+    train: tuple[str, ...] = field(metadata=affects("train"))
     """Datasets trained on; each person once per epoch."""
-    val: str
+    val: str = field(metadata=affects("train", "evaluate", "register"))
     """Dataset evaluated on."""
-    sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    locations: dict[str, str] = field(default_factory=dict, metadata=ADDRESS)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig, metadata=affects("shard"))
+    locations: dict[str, str] = field(default_factory=dict, metadata=ADDRESS | affects("locate", "train", "evaluate"))
     """Dataset -> address of its shards (s3://, http://, a folder) in place of data/shards/<dataset>."""
 
     def __post_init__(self) -> None:

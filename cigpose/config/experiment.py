@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
 from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
 from cigpose.config.schema import (
+    HOW,
     LARGEST,
     ConfigError,
+    affects,
+    field_marks,
     from_mapping,
-    public_marks,
+    leaves,
+    nearest_mark,
     public_values,
     require_between,
     require_name,
@@ -30,20 +35,23 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One experiment, complete."""
+    """One experiment, complete.
 
-    name: str
+    What a result depends on is said at the fields (`affects`, `HOW`), and nowhere else.
+    """
+
+    name: str = field(metadata=affects("train"))
     """`<model>_<data>_<H>x<W>`."""
-    seed: int
-    keypoints: str | dict[str, Any]
+    seed: int = field(metadata=affects("train"))
+    keypoints: str | dict[str, Any] = field(metadata=affects("shard", "train", "evaluate"))
     """A known set, or a table of one's own (`KeypointSet.from_mapping`)."""
     data: DataConfig
-    model: ModelConfig
-    augmentation: AugmentationConfig
-    train: TrainConfig
-    evaluate: EvaluateConfig
-    registry: RegistryConfig
-    published: PublishedConfig | None = None
+    model: ModelConfig = field(metadata=affects("train"))
+    augmentation: AugmentationConfig = field(metadata=affects("train"))
+    train: TrainConfig = field(metadata=affects("train"))
+    evaluate: EvaluateConfig = field(metadata=affects("evaluate", "register"))
+    registry: RegistryConfig = field(metadata=affects("register"))
+    published: PublishedConfig | None = field(default=None, metadata=HOW)
 
     def __post_init__(self) -> None:
         """Refuse what no single section can see."""
@@ -55,17 +63,35 @@ class Config:
             raise ConfigError(str(err)) from err
         except (TypeError, AttributeError) as err:
             raise ConfigError(f"keypoints: not a table of keypoints ({err}). See `KeypointSet.from_mapping`.") from err
-        # whether the labels tell crowds is known later
-        refuse_unknown_metric(self.evaluate.metric, keypoints, crowding=True)
+        self.refuse_unknown_metrics(crowding=True)  # whether the labels tell crowds is known later
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self.model.causal, name)
             if value > len(keypoints):
                 raise ConfigError(f"model.causal.{name}: {value} of only {len(keypoints)} keypoints.")
 
+    def refuse_unknown_metrics(self, *, crowding: bool) -> None:
+        """See that the figures by which epochs and models are compared are measured (see `metric_names`).
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for where, protocol in (("evaluate", self.evaluate), ("train.validation", self.train.validation)):
+            refuse_unknown_metric(protocol.metric, self.keypoint_set, crowding=crowding, where=f"{where}.metric")
+
     @cached_property
     def keypoint_set(self) -> KeypointSet:
         """The keypoints this experiment predicts."""
         return keypoint_set(self.keypoints)
+
+    def for_validation(self) -> Config:
+        """The same experiment, whose `evaluate` is how epochs are measured while it trains."""
+        protocol = EvaluateConfig(**to_mapping(self.train.validation), batch=self.evaluate.batch)
+        return dataclasses.replace(self, evaluate=protocol)
+
+    def params_of(self, stage: str) -> dict[str, Any]:
+        """Path -> plain value of every param that the result of a stage of dvc.yaml depends on."""
+        marks = field_marks(Config, "stages")
+        return {path: value for path, value in leaves(self.to_mapping()).items() if stage in nearest_mark(path, marks)}
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, as params.yaml holds them: for this machine alone. See `to_public_mapping`."""
@@ -81,15 +107,22 @@ class Config:
 
 def public_params(values: Any, path: str = "") -> Any:
     """Values of params.yaml, or those at `path` in it, as they may leave the machine."""
-    return public_values(values, public_marks(Config), path)
+    return public_values(values, field_marks(Config, "public"), path)
 
 
 def config_from_mapping(values: Mapping[str, Any]) -> Config:
     """A `Config` from plain values.
 
+    Those without `train.validation`, as models of before it keep them, had their epochs measured by `evaluate`.
+
     Raises:
         ConfigError: with the path of the key that is wrong.
     """
+    train, evaluate = (values.get(key) if isinstance(values, Mapping) else None for key in ("train", "evaluate"))
+    if isinstance(train, Mapping) and "validation" not in train and evaluate is not None:
+        protocol = to_mapping(from_mapping(EvaluateConfig, evaluate, "evaluate"))
+        del protocol["batch"]
+        values = {**values, "train": {**train, "validation": protocol}}
     return from_mapping(Config, values)
 
 

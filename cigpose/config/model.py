@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import ADDRESS, require, require_between, require_name
+from cigpose.config.schema import ADDRESS, affects, require, require_between, require_name
 from cigpose.files.addresses import file_name_of, is_remote
 
 
@@ -18,7 +18,7 @@ class BackboneConfig:
     expand_ratio: float = 0.5
     out_stage: int = 4
     """Stage whose features the head gets: 4 is stride 32 and the paper's, 3 is stride 16."""
-    pretrained: str | None = field(default=None, metadata=ADDRESS)
+    pretrained: str | None = field(default=None, metadata=ADDRESS | affects("pretrained", "train"))
     """File in data/raw/pretrained with `backbone.*` weights to start from, or its s3:// or http(s):// address."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import ADDRESS, ConfigError, require_between
+from cigpose.config.schema import ADDRESS, HOW, ConfigError, affects, require_between
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
@@ -30,8 +30,8 @@ def metric_names(keypoint_set: KeypointSet, *, crowding: bool) -> list[str]:
     return names + (["hand/AP", "hand/AR"] if has_hands else [])
 
 
-def refuse_unknown_metric(name: str, keypoint_set: KeypointSet, *, crowding: bool) -> None:
-    """See that an evaluation gives the figure `name` (arguments: see `metric_names`).
+def refuse_unknown_metric(name: str, keypoint_set: KeypointSet, *, crowding: bool, where: str) -> None:
+    """See that an evaluation gives the figure `name`, which stands at `where` (other arguments: see `metric_names`).
 
     Raises:
         ConfigError: it does not.
@@ -42,18 +42,17 @@ def refuse_unknown_metric(name: str, keypoint_set: KeypointSet, *, crowding: boo
         near = difflib.get_close_matches(name.lower(), spellings, n=1)
         hint = f"Did you mean {spellings[near[0]]!r}?" if near else "Choose one of these."
         raise ConfigError(
-            f"evaluate.metric: {name!r} is not among what the evaluation of {keypoint_set.name!r} gives: "
+            f"{where}: {name!r} is not among what the evaluation of {keypoint_set.name!r} gives: "
             f"{', '.join(known)}. {hint}"
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
-    """The evaluation protocol (defaults are upstream's)."""
+class ProtocolConfig:
+    """How a model is measured (defaults are upstream's)."""
 
     boxes: Literal["ground_truth", "detections"] = "ground_truth"
     flip_test: bool = True
-    batch: int = 32
     keypoint_score_threshold: float = 0.2
     """Keypoints below do not count in a person's score."""
     person_score: Literal["box_and_keypoints", "box", "keypoints"] = "box_and_keypoints"
@@ -63,12 +62,23 @@ class EvaluateConfig:
     area: Literal["annotation", "box"] = "annotation"
     """`box` takes 0.53 x box area, as CrowdPose does."""
     metric: str = "whole/AP"
-    """The one number by which checkpoints and models are compared."""
+    """The one number by which epochs (in `train.validation`) or models (in `evaluate`) are compared."""
 
     def __post_init__(self) -> None:
-        require_between(self, 1, 100_000, "batch")
         require_between(self, 0, 1000, "keypoint_score_threshold")
         require_between(self, 0, 1, "oks_nms_threshold")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(ProtocolConfig):
+    """How the finished model is measured."""
+
+    batch: int = field(default=32, metadata=HOW)
+    """Persons per forward pass, in validation too."""
+
+    def __post_init__(self) -> None:
+        ProtocolConfig.__post_init__(self)
+        require_between(self, 1, 100_000, "batch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +92,7 @@ class RegistryConfig:
     """A challenger becomes champion when its metric is better by more than this."""
     tracking_uri: str | None = field(default=None, metadata=ADDRESS)
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
-    pictures: int = 16
+    pictures: int = field(default=16, metadata=affects("evaluate", "register"))
     """Sample predictions logged with the model."""
 
     def __post_init__(self) -> None:

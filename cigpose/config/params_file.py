@@ -57,7 +57,7 @@ def _entry(key: str, value: Any, meaning: str, depth: int) -> list[str]:
     if dataclasses.is_dataclass(value):
         if depth > 0 and len(line := f"{key} {_flow(to_mapping(value))}") <= WIDTH and not field_meanings(type(value)):
             return [line]
-        return ["", key, *_section(value, depth + 1)] if depth == 0 else [key, *_section(value, depth + 1)]
+        return [*([""] if depth == 0 else _comment(key, meaning, indent)[:-1]), key, *_section(value, depth + 1)]
     if isinstance(value, dict) and value and all(dataclasses.is_dataclass(item) for item in value.values()):
         lines = _comment(key, meaning, indent)
         for name, item in value.items():
@@ -100,7 +100,9 @@ def _flow(value: Any) -> str:
 def field_meanings(cls: type) -> dict[str, str]:
     """First line of the text under each field of a configuration dataclass."""
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
-    meanings = {}
+    meanings = {
+        name: text for base in cls.__bases__ if base is not object for name, text in field_meanings(base).items()
+    }
     for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)

@@ -26,6 +26,17 @@ PRIVATE = {"public": "empty"}
 ADDRESS = {"public": "without credentials"}
 """Metadata of a field with one or more addresses: what is published has them without credentials."""
 
+HOW: dict[str, tuple[str, ...]] = {"stages": ()}
+"""Metadata of a field that changes how, where or how visibly results are made, and no result by more than rounding."""
+
+
+def affects(*stages: str) -> dict[str, tuple[str, ...]]:
+    """Metadata of a field on which the results of these stages of dvc.yaml depend.
+
+    It holds for all of a section, but for those of its fields that have a mark of their own.
+    """
+    return {"stages": stages}
+
 
 LARGEST = 2**63 - 1
 """Largest whole number of params.yaml."""
@@ -130,20 +141,46 @@ def to_mapping(value: Any) -> Any:
     return value
 
 
-def public_marks(cls: type, path: str = "") -> dict[str, str]:
-    """Path -> mark of every field of `cls`, and of the dataclasses in it, that is `PRIVATE` or an `ADDRESS`.
+def field_marks(cls: type, kind: Literal["public", "stages"], path: str = "") -> dict[str, Any]:
+    """Path -> mark of every field of `cls`, and of the dataclasses in it, that has one of this kind.
 
-    A key of a dict of dataclasses stands as `*`.
+    Args:
+        cls: the dataclass.
+        kind: `public` of `PRIVATE` and `ADDRESS`, `stages` of `HOW` and `affects`.
+        path: where `cls` stands in the whole. A key of a dict of dataclasses stands as `*`.
     """
     hints = typing.get_type_hints(cls)
-    marks: dict[str, str] = {}
+    marks: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         here = _join(path, field.name)
-        if "public" in field.metadata:
-            marks[here] = field.metadata["public"]
+        if kind in field.metadata:
+            marks[here] = field.metadata[kind]
         for hint, place in _nested(hints[field.name], here):
-            marks |= public_marks(hint, place)
+            marks |= field_marks(hint, kind, place)
     return marks
+
+
+def nearest_mark(path: str, marks: Mapping[str, Any]) -> Any:
+    """The mark of the field at `path`, else of the innermost section around it that has one; None where none has.
+
+    Args:
+        path: dots between its levels.
+        marks: of `field_marks`.
+    """
+    levels = path.split(".")
+    for i in range(len(levels), 0, -1):
+        name = ".".join(levels[:i])
+        for place, mark in marks.items():
+            if fnmatchcase(name, place):
+                return mark
+    return None
+
+
+def leaves(values: Any, path: str = "") -> dict[str, Any]:
+    """Path -> value of what is no mapping, or an empty one, in plain values."""
+    if not isinstance(values, Mapping) or (path and not values):
+        return {path: values}
+    return {name: leaf for key, item in values.items() for name, leaf in leaves(item, _join(path, key)).items()}
 
 
 def _nested(hint: Any, path: str) -> list[tuple[type, str]]:
@@ -158,12 +195,10 @@ def public_values(values: Any, marks: Mapping[str, str], path: str = "") -> Any:
 
     Args:
         values: a mapping as `to_mapping` gives it, or the part of it at `path`.
-        marks: of `public_marks`.
+        marks: of `field_marks`.
         path: where `values` stands in the whole.
     """
-    levels = path.split(".")
-    above = [".".join(levels[:i]) for i in range(1, len(levels) + 1)]
-    mark = next((mark for place, mark in marks.items() if any(fnmatchcase(name, place) for name in above)), None)
+    mark = nearest_mark(path, marks)
     if mark is not None:
         return _published(values, mark)
     if isinstance(values, Mapping):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import ADDRESS, LARGEST, require, require_between
+from cigpose.config.outcome import ProtocolConfig
+from cigpose.config.schema import ADDRESS, HOW, LARGEST, require, require_between
 
 LONGEST = 100_000
 """Most epochs: the rate of every step is computed before the first."""
@@ -145,18 +146,18 @@ class CheckpointConfig:
 class LoaderConfig:
     """How crops reach the device."""
 
-    processes: int = 0
+    processes: int = field(default=0, metadata=HOW)
     """Loader processes per training worker; 0 decodes in the worker itself."""
     shuffle_buffer: int = 2000
     """Persons held for shuffling."""
-    prefetch_batches: int = 4
+    prefetch_batches: int = field(default=4, metadata=HOW)
     open_shards: int = 8
     """Shards read side by side: pictures are drawn from all of them in random order."""
-    verify: bool = True
+    verify: bool = field(default=True, metadata=HOW)
     """Compare every shard's sha256 when a run opens it first."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata=HOW)
     """Folder for remote shards; null: the user's cache directory."""
-    cache_gb: float | None = 200.0
+    cache_gb: float | None = field(default=200.0, metadata=HOW)
     """Beyond this size remote shards that nobody reads are removed, the least recently used first; null: no limit."""
     scaled_decode: bool = False
     """Decode large pictures at 1/2, 1/4 or 1/8 where the crop is smaller still. Changes pixels."""
@@ -172,13 +173,14 @@ class LoaderConfig:
 class ClusterConfig:
     """Where training runs. RAY_ADDRESS joins an existing cluster."""
 
-    num_workers: int = 1
-    use_gpu: bool | Literal["auto"] = "auto"
-    threads_per_worker: int = 1
+    num_workers: int = 1  # decides who gets which persons, and the batch of each normalisation
+    # another processor rounds otherwise; what it decides besides, is left to it by `auto` elsewhere
+    use_gpu: bool | Literal["auto"] = field(default="auto", metadata=HOW)
+    threads_per_worker: int = field(default=1, metadata=HOW)
     """CPU threads of torch in each worker; on a GPU the cores reserved for its loader."""
-    max_failures: int = 3
+    max_failures: int = field(default=3, metadata=HOW)
     """Times Ray restarts dead workers from the last checkpoint."""
-    min_workers: int | None = None
+    min_workers: int | None = field(default=None, metadata=HOW)
     """Go on with fewer workers, down to this, when a node is lost; null: wait for it to return."""
 
     def __post_init__(self) -> None:
@@ -203,13 +205,16 @@ class TrainConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Of autocast; weights and losses are fp32. auto: bf16 where the processor has it, else fp32."""
-    channels_last: bool = True
+    # as channels_last, `compile` only orders the same sums in another way, as another GPU or library does
+    channels_last: bool = field(default=True, metadata=HOW)
     sync_batch_norm: bool | Literal["auto"] = "auto"
     """Batch statistics of the backbone over all workers, as upstream. auto: on GPUs only."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=HOW)
     validate_every_epochs: int = 10
-    log_every_steps: int = 50
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """How epochs are measured and compared while training. `evaluate` measures the finished model: no part of this."""
+    log_every_steps: int = field(default=50, metadata=HOW)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=HOW)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

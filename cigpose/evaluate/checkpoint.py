@@ -97,7 +97,7 @@ def evaluate_checkpoint(
 
 
 def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
-    """The model's configuration with the dataset and the protocol of another.
+    """The model's configuration with the dataset, the protocol and the registry of another.
 
     Raises:
         ValueError: they mean different keypoints.
@@ -108,7 +108,11 @@ def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
             f"for {len(evaluation.keypoint_set)} ({evaluation.keypoint_set.name}). Train again, or correct `keypoints`."
         )
     return dataclasses.replace(
-        model, keypoints=evaluation.keypoints, data=evaluation.data, evaluate=evaluation.evaluate
+        model,
+        keypoints=evaluation.keypoints,
+        data=evaluation.data,
+        evaluate=evaluation.evaluate,
+        registry=evaluation.registry,
     )
 
 

@@ -155,8 +155,8 @@ def _areas(rows: Sequence[Mapping[str, Any]], where: str) -> np.ndarray:
     for row in rows:
         if "area" not in row:
             raise ValueError(
-                f"{where}: annotation {row.get('id')} has no area. Set evaluate.area: box to take 0.53 of its box, as "
-                "CrowdPose does."
+                f"{where}: annotation {row.get('id')} has no area. Set `area: box`, in evaluate and in "
+                "train.validation, to take 0.53 of its box, as CrowdPose does."
             )
     return np.array([row["area"] for row in rows], dtype=np.float64)
 

@@ -109,8 +109,8 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
     boxes = config.evaluate.boxes
     if boxes == "detections" and not sets[dataset].index.detections:
         raise DataError(
-            f"{sets[dataset].address}: holds no detections, but evaluate.boxes is 'detections'. Name a file in"
-            f" data.datasets.{dataset}.detections, or evaluate on ground_truth boxes."
+            f"{sets[dataset].address}: holds no detections, but `boxes` (of evaluate; of train.validation while "
+            f"training) is 'detections'. Name a file in data.datasets.{dataset}.detections, or take ground_truth."
         )
     counts = sets[dataset].counts(detections=boxes == "detections")
     plan = eval_plan(counts, rank=rank, world=world, batch=config.evaluate.batch)

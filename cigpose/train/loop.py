@@ -99,6 +99,7 @@ class _Training:
 
     def __init__(self, config: Config, place: Place, listener: Listener) -> None:
         self.config, self.place, self.listener = config, place, listener
+        self.validation = config.for_validation()
         self.is_first = place.rank == 0
         self.truth: GroundTruth | None = None
         self.state = build_state(config, rank=place.rank, device=place.device, root=place.root)
@@ -184,7 +185,7 @@ class _Training:
 
     def _validate(self) -> None:
         """Each worker predicts its share of the people; rank 0 scores them all."""
-        state, config, place = self.state, self.config, self.place
+        state, config, place = self.state, self.validation, self.place
         workers.copy_rank_0([state.model] if state.ema is None else [state.model, state.ema.module])
         loader = eval_loader(config, config.data.val, rank=place.rank, world=place.world, root=place.shards)
         began = time.monotonic()
@@ -206,7 +207,7 @@ class _Training:
             best = {"metric": config.evaluate.metric, "value": value, "epoch": state.epoch, "step": state.step}
             state.best = {**best, "metrics": metrics}
             weights = {key: tensor.cpu() for key, tensor in state.evaluated.state_dict().items()}
-            state.weights = place.store.save_weights(state.step, lambda path: save_weights(path, weights, config))
+            state.weights = place.store.save_weights(state.step, lambda path: save_weights(path, weights, self.config))
         self.listener.on_validation(record, predictions)
 
     def _is_checkpoint_due(self) -> bool:
@@ -259,5 +260,7 @@ def chosen_metric(metrics: Mapping[str, float], name: str) -> float:
         ValueError: the evaluation gives no such figure.
     """
     if name not in metrics:
-        raise ValueError(f"evaluate.metric: {name!r} is not among what the evaluation gives: {', '.join(metrics)}.")
+        raise ValueError(
+            f"train.validation.metric: {name!r} is not among what the evaluation gives: {', '.join(metrics)}."
+        )
     return metrics[name]

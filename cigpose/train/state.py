@@ -16,28 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from cigpose.config import Config
+from cigpose.config.schema import field_marks, nearest_mark
 from cigpose.model.weights import refuse_non_finite
 from cigpose.train.checkpoints import CheckpointError
 from cigpose.train.optim import EMA
-
-INFLUENTIAL = ("seed", "keypoints", "model", "augmentation", "train", "evaluate")
-"""Sections of params.yaml that a training depends on, apart from its data."""
-HARMLESS = (
-    "train.channels_last",
-    "train.compile",
-    "train.cluster.use_gpu",
-    "train.cluster.threads_per_worker",
-    "train.cluster.max_failures",
-    "train.cluster.min_workers",
-    "train.checkpoint",
-    "train.log_every_steps",
-    "train.loader.processes",
-    "train.loader.prefetch_batches",
-    "train.loader.cache",
-    "train.loader.verify",
-    "evaluate.batch",
-)
-"""What may change while a run is under way: where and how it runs, not what it computes."""
 
 
 @dataclass
@@ -165,19 +147,19 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 def influential_params(config: Config, shards: Mapping[str, str], pretrained: str | None = None) -> dict[str, Any]:
-    """What the result of a training depends on: `{path of the key: value}`.
+    """What the result of a training depends on, and what must not change while it is under way: `{path: value}`.
+
+    An address, which may hold a password, is not kept: digests stand for what lies there.
 
     Args:
         config: the experiment.
         shards: dataset -> digest of its shards, for the datasets trained and validated on.
         pretrained: digest of the backbone's first weights; None if it starts from random ones.
     """
-    values = config.to_public_mapping()  # an address may hold a key that is for one day
-    flat = _flatten({section: values[section] for section in INFLUENTIAL}, "")
-    flat = {key: value for key, value in flat.items() if not key.startswith(HARMLESS)}
-    flat["data.train"], flat["data.val"] = values["data"]["train"], values["data"]["val"]
-    flat |= {f"shards.{name}": digest for name, digest in shards.items()}
-    return flat if pretrained is None else flat | {"pretrained.sha256": pretrained}
+    addresses = field_marks(Config, "public")
+    params = {path: value for path, value in config.params_of("train").items() if not nearest_mark(path, addresses)}
+    params |= {f"shards.{name}": digest for name, digest in shards.items()}
+    return params if pretrained is None else params | {"pretrained.sha256": pretrained}
 
 
 def refuse_changed_params(saved: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
@@ -193,12 +175,3 @@ def refuse_changed_params(saved: Mapping[str, Any], current: Mapping[str, Any], 
             f"{where}: the params have changed since this checkpoint ({rows}). "
             "Set them back to go on, or begin anew with `python -m pipelines.train --restart`."
         )
-
-
-def _flatten(value: Any, path: str) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat |= _flatten(item, f"{path}.{key}" if path else str(key))
-        return flat
-    return {path: value}

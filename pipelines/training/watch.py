@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 
 from cigpose.config import Config
-from cigpose.config.outcome import refuse_unknown_metric
 from cigpose.draw import draw_poses
 from cigpose.evaluate.checkpoint import dataset_truth, open_shards, sample_pictures
 from cigpose.evaluate.report import contact_sheets
@@ -34,7 +33,7 @@ class Watch:
         shards: folder of the shard folders.
 
     Raises:
-        ConfigError: the labels do not give the figure by which epochs are compared.
+        ConfigError: the labels do not give the figures by which epochs and models are compared.
     """
 
     def __init__(self, config: Config, folder: Path, run: Run, shards: Path) -> None:
@@ -42,9 +41,8 @@ class Watch:
         self.history = folder / "history.jsonl"
         self.bar: Any = None
         self._pictures = list(sample_pictures(open_shards(config, config.data.val, shards), IMAGES_SHOWN))
-        self._truth = dataset_truth(open_shards(config, config.data.val, shards), config)
-        crowding = self._truth.crowd_index is not None
-        refuse_unknown_metric(config.evaluate.metric, config.keypoint_set, crowding=crowding)
+        self._truth = dataset_truth(open_shards(config, config.data.val, shards), config.for_validation())
+        config.refuse_unknown_metrics(crowding=self._truth.crowd_index is not None)
 
     @property
     def shown_images(self) -> list[int]:

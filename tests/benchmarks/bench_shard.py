@@ -46,7 +46,9 @@ def experiment(keypoints: str, **sharding: Any) -> Config:
     base = load_preset("quickstart")
     people = DatasetConfig(raw=".", reader="coco", images="images.zip", annotations=f"{keypoints}.json")
     data = replace(base.data, datasets={**base.data.datasets, "people": people}, sharding=ShardingConfig(**sharding))
-    return replace(base, data=data, keypoints=keypoints, evaluate=replace(base.evaluate, metric="body/AP"))
+    train = replace(base.train, validation=replace(base.train.validation, metric="body/AP"))
+    evaluate = replace(base.evaluate, metric="body/AP")
+    return replace(base, data=data, keypoints=keypoints, train=train, evaluate=evaluate)
 
 
 def make_zip(path: Path, images: int) -> int:

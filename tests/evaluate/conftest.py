@@ -39,7 +39,7 @@ class Project:
 
 def make_config(**evaluate: Any) -> Config:
     values = load_preset("quickstart").to_mapping()
-    values["name"], values["keypoints"], values["evaluate"]["metric"] = "tiny", "coco", "body/AP"
+    values["name"], values["keypoints"], values["train"]["validation"]["metric"] = "tiny", "coco", "body/AP"
     values["model"]["input_size"] = [64, 96]
     values["model"]["backbone"] |= {"widen_factor": 0.125}
     values["model"]["head"] |= {"hidden": 32, "gau_s": 16}

@@ -158,7 +158,7 @@ def test_the_stage_writes_report_metrics_and_plot(
     from pipelines import evaluate
 
     monkeypatch.chdir(project.folder)
-    evaluate.main()
+    assert evaluate.main([]) == 0
     assert "people: body/AP" in capsys.readouterr().out
     metrics = json.loads(Path("data/metrics/evaluate.json").read_text())
     assert set(metrics) == {"body"}
@@ -173,9 +173,17 @@ def test_the_stage_writes_report_metrics_and_plot(
     assert len(Predictions.load("data/report/predictions.npz")) == 10
 
 
-def test_the_stage_fails_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_pictures_are_drawn_as_params_ask_for_and_not_as_the_model_was_trained_with(project: Project) -> None:
+    asked = dataclasses.replace(project.config.registry, pictures=1)
+    evaluation = evaluated(project, dataclasses.replace(project.config, registry=asked))
+    assert evaluation.config.registry == asked
+
+
+def test_the_stage_fails_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from pipelines import evaluate
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"^evaluate: params\.yaml: not found"):
-        evaluate.main()
+    assert evaluate.main([]) == 1
+    assert capsys.readouterr().err.startswith("evaluate: params.yaml: not found")

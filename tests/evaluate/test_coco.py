@@ -295,7 +295,7 @@ def break_truth(truth: dict[str, Any], change: str) -> dict[str, Any]:
         ("two categories", r"found \['cat', 'dog'\]"),
         ("short keypoints", "annotation 0 has 15 numbers in keypoints, expected 51"),
         ("no keypoints", "annotation 0 has no keypoints, expected 51"),
-        ("no area", "annotation 0 has no area. Set evaluate.area: box"),
+        ("no area", "annotation 0 has no area. Set `area: box`"),
         ("no box", "annotation 0 has no bbox"),
         ("stray image", "annotations name image 12345"),
     ],

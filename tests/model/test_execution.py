@@ -175,8 +175,9 @@ def test_the_number_of_head_operations_does_not_depend_on_edges_groups_or_batch(
     names = ["a", "b", "c"]
     small_set = {"name": "three", "names": names, "sigmas": [0.1] * 3, "groups": [["a", "b"], ["c"]]}
     counts = []
+    metrics = {"evaluate__metric": "body/AP", "train__validation__metric": "body/AP"}
     for keypoints, batch in (("coco_wholebody", 1), ("coco_wholebody", 4), (small_set, 4)):
-        config = tiny_config(keypoints=keypoints, model__causal__train_top_k=1, evaluate__metric="body/AP")
+        config = tiny_config(keypoints=keypoints, model__causal__train_top_k=1, **metrics)
         num_keypoints = len(config.keypoint_set)
         model = build_model(config).train()
         features = torch.randn(batch, model.backbone.out_channels, 4, 4)

@@ -69,14 +69,9 @@ class Project:
 
     def run(self, key: str) -> tuple[int, str, str]:
         """Exit status, stdout, stderr of the stage, in this process: no second start of Python."""
-        self._monkeypatch.setattr(sys, "argv", ["pipelines.download", key])
-        status, message = 0, ""
-        try:
-            main()
-        except SystemExit as end:  # what Python does with it: print and exit with 1
-            status, message = 1, f"{end.code}\n"
+        status = main([key])
         out, err = self._capsys.readouterr()
-        return status, out, err + message
+        return status, out, err
 
     def raw(self, key: str) -> Path:
         return self.folder / "data/raw" / key
@@ -133,10 +128,12 @@ def test_first_weights_come_from_any_address_and_a_missing_file_is_named(project
     [
         pytest.param(
             "coko",
-            "params.yaml: data.download.sources has no 'coko'. Known: coco, crowdpose, ubody, pretrained.",
+            "download: params.yaml: data.download.sources has no 'coko'. Known: coco, crowdpose, ubody, pretrained.",
             id="key",
         ),
-        pytest.param("ubody", "videos.zip is handed out personally. Fill the form at https://docs.google", id="ubody"),
+        pytest.param(
+            "ubody", "download: videos.zip is handed out personally. Fill the form at https://docs.google", id="ubody"
+        ),
     ],
 )
 def test_a_mistake_ends_the_stage_with_one_sentence(project: Project, key: str, message: str) -> None:
@@ -149,7 +146,7 @@ def test_a_mistake_ends_the_stage_with_one_sentence(project: Project, key: str, 
 
 def test_without_params_the_stage_says_how_to_get_them(project: Project) -> None:
     status, _, err = project.run("coco")
-    assert (status, err) == (1, "params.yaml: not found. `cigpose use quickstart` writes it.\n")
+    assert (status, err) == (1, "download: params.yaml: not found. `cigpose use quickstart` writes it.\n")
 
 
 @pytest.mark.slow
@@ -235,8 +232,8 @@ def test_interrupted_the_stage_says_that_it_can_go_on(project: Project, start_mi
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert err == "Interrupted. Run again: data/raw/coco goes on from where it stopped.\n"
+    assert process.returncode == 130
+    assert err == "download: stopped. The same command goes on from where it stopped.\n"
     assert partial.stat().st_size > 0
 
 
@@ -292,7 +289,7 @@ def test_a_bad_file_on_the_mirror_is_refused_by_its_index(
     project.params(mirror=start_mirror(folder=project.folder / "mirror"), sources={key: [name]})
     status, _, err = project.run(key)
     assert status == 1
-    assert err.startswith(f"{name}: ") and message in err and err.count("\n") == 1
+    assert err.startswith(f"download: {name}: ") and message in err and err.count("\n") == 1
     assert project.files(key) == []
 
 
@@ -306,7 +303,7 @@ def test_a_bad_file_without_a_digest_is_refused_by_its_content(
     project.params(mirror=start_mirror(folder=project.folder / "mirror"), sources={key: [name]})
     status, _, err = project.run(key)
     assert status == 1
-    assert err.startswith(f"{name}: ") and message in err and err.count("\n") == 1
+    assert err.startswith(f"download: {name}: ") and message in err and err.count("\n") == 1
     assert project.files(key) == []
     assert not list(project.folder.rglob("escaped.txt"))
 
@@ -320,5 +317,5 @@ def test_a_bad_file_in_place_is_refused_and_left(
     shutil.copy(shared / "mirror/bad" / bad, project.raw(key) / name)
     status, _, err = project.run(key)
     assert status == 1
-    assert err.startswith(f"data/raw/{key}/{name}: ") and message in err and err.count("\n") == 1
+    assert err.startswith(f"download: data/raw/{key}/{name}: ") and message in err and err.count("\n") == 1
     assert project.files(key) == [name]

@@ -12,7 +12,7 @@ import yaml
 
 from cigpose.config import Config, config_from_mapping, load_preset, public_params
 from cigpose.config.params_file import write_params
-from cigpose.config.schema import ADDRESS, public_marks, to_mapping
+from cigpose.config.schema import ADDRESS, field_marks, to_mapping
 from cigpose.deploy.onnx import export_onnx
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import read_config, save_weights
@@ -43,7 +43,7 @@ def fields(values: Any, path: str = "") -> list[str]:
 
 
 def test_every_field_that_looks_like_an_address_or_an_id_is_marked() -> None:
-    marks = public_marks(Config)
+    marks = field_marks(Config, "public")
     found = {path for path in fields(to_mapping(load_preset("quickstart"))) if LOOKS_LIKE_ONE.search(path)}
     assert found == set(marks)
     assert {marks[f"data.download.{name}"] for name in ("mirror", "drive_ids")} == {"empty"}
@@ -59,7 +59,9 @@ def test_the_public_params_are_an_experiment_without_secrets(config: Config) -> 
     assert (public.data.download.mirror, public.data.download.drive_ids) == (None, {})
     assert public.model.backbone.pretrained == "https://127.0.0.1:9/x.pth"
     assert config.to_public_mapping() == config.to_mapping()
-    assert all(mark == ADDRESS["public"] or not _look_up(values, path) for path, mark in public_marks(Config).items())
+    assert all(
+        mark == ADDRESS["public"] or not _look_up(values, path) for path, mark in field_marks(Config, "public").items()
+    )
 
 
 def _look_up(values: Any, path: str) -> Any:
@@ -79,7 +81,7 @@ def test_a_part_of_the_params_as_dvc_lock_has_it_is_made_public_too() -> None:
 def test_private_values_are_not_written_into_dvc_lock(root: Path) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"].values()
     depended = {key for stage in stages for key in stage.get("do", stage)["params"]}
-    private = {path for path, mark in public_marks(Config).items() if mark != ADDRESS["public"]}
+    private = {path for path, mark in field_marks(Config, "public").items() if mark != ADDRESS["public"]}
     assert not [path for path in private if any(f"{path}.".startswith(f"{key}.") for key in depended)]
 
 

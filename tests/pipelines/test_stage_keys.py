@@ -12,7 +12,6 @@ import yaml
 
 from cigpose.config import load_preset
 from pipelines import processes
-from pipelines.member import asked_member
 
 HOSTILE = {
     "substitution": "a$(touch ran-1)",
@@ -81,15 +80,3 @@ def test_a_key_that_leads_elsewhere_costs_nobody_a_folder(pipeline: Path) -> Non
     run = dvc(pipeline, "repro", "--keep-going", "--single-item", *keys)
     assert all(f"'{key}'" in run.stderr.partition("failed to reproduce")[2] for key in keys), run.stderr
     assert [(folder / "file").read_text() for folder in (inside, outside)] == ["the only copy"] * 2
-
-
-def test_a_member_is_the_one_asked_for_else_the_one_dvc_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DVC_STAGE", raising=False)
-    assert asked_member("render", "data.render", ["people"]) == "people"
-    for named in ("render@people", "../dvc.yaml:render@people"):
-        monkeypatch.setenv("DVC_STAGE", named)
-        assert asked_member("render", "data.render", []) == "people"
-    for named in ("shard@people", "render", ""):
-        monkeypatch.setenv("DVC_STAGE", named)
-        with pytest.raises(SystemExit, match=r"expected one key of data\.render in params\.yaml, got \[\]"):
-            asked_member("render", "data.render", [])

@@ -13,18 +13,43 @@ pytestmark = pytest.mark.slow
 
 STAND_IN = """
 from pathlib import Path
-for name in ("model/model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg"):
+for name in {names}:
     path = Path("data", name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("step,loss,epoch,AP\\n")
 """
+OUTS = {
+    "shard": ["shards/people/index.json"],
+    "train": ["model/model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg"],
+    "evaluate": ["report/report.html", "metrics/evaluate.json", "plots/parts.csv"],
+}
+
+
+def stand_in(project: Project, *stages: str) -> None:
+    """Put in place of stages what only leaves their outputs."""
+    for stage in stages:
+        (project.folder / f"pipelines/{stage}.py").write_text(STAND_IN.format(names=OUTS[stage]))
+
+
+def stale(project: Project) -> dict[str, list[str]]:
+    """Stages from shards to evaluation that DVC would run again -> what it says has changed."""
+    found = json.loads(project.run("dvc", "status", "--json", "shard", "train", "evaluate").stdout)
+    return {
+        stage: [name for changed in changes for what in changed.values() for name in flat(what)]
+        for stage, changes in found.items()
+    }
+
+
+def flat(changed: dict) -> list[str]:
+    """Names of changed params and files; of `params.yaml` those in it."""
+    return [name for key, value in changed.items() for name in (value if isinstance(value, dict) else [key])]
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A project without any data of its own: its shards lie in `elsewhere`."""
     project = make_project(tmp_path)
-    (tmp_path / "pipelines/train.py").write_text(STAND_IN)
+    stand_in(project, "train")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/index.json").write_text(json.dumps(shard_index("people", 4)))
     elsewhere = {"people": str(tmp_path / "elsewhere")}
@@ -64,3 +89,43 @@ def test_train_runs_without_any_download_and_again_when_the_first_weights_change
     assert "train" not in status(project)
     weights.write_bytes(b"second")
     assert {"changed deps": {"data/raw/pretrained": "modified"}} in status(project)["train"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose stages from shards to evaluation are up to date."""
+    project = make_project(tmp_path_factory.mktemp("done"))
+    stand_in(project, *OUTS)
+    people = {"raw": "people", "reader": "coco", "images": "images.zip", "annotations": "a.json"}
+    project.change(data__render={}, data__datasets={"people": people}, data__train=["people"], data__val="people")
+    (project.folder / "data/raw/people").mkdir(parents=True)
+    (project.folder / "data/raw/pretrained").mkdir()
+    project.run("dvc", "repro", "--single-item", "shard", "train", "evaluate")
+    return project
+
+
+def test_what_changes_an_evaluation_makes_it_stale_and_not_the_training(done: Project) -> None:
+    params = (done.folder / "params.yaml").read_text()
+    others = {"person_score": "box", "oks_nms_threshold": None, "keypoint_score_threshold": 0.1, "area": "box"}
+    done.change(**{f"evaluate__{name}": value for name, value in {**others, "batch": 3}.items()})
+    done.change(train__loader__open_shards=2, train__log_every_steps=3)
+    assert {stage: sorted(what) for stage, what in stale(done).items()} == {
+        "evaluate": sorted(f"evaluate.{name}" for name in others),
+        "train": ["train.loader.open_shards"],  # which orders the pictures
+    }
+    (done.folder / "params.yaml").write_text(params)
+
+
+def test_a_fix_in_the_code_makes_its_stages_stale_and_what_python_keeps_beside_it_does_not(done: Project) -> None:
+    for room in ("shard", "evaluate", "loader", "model", "train"):
+        kept = done.folder / "cigpose" / room / "__pycache__/head.cpython-311.pyc"
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_bytes(b"compiled")
+    assert stale(done) == {}
+    code = {done.folder / f"cigpose/{name}.py": "" for name in ("shard/write", "train/loop", "model/head")}
+    for file in code:
+        code[file] = file.read_text()
+        file.write_text(code[file] + "# a fix\n")
+    assert stale(done) == {"shard@people": ["cigpose/shard"], "evaluate": ["cigpose/model"]}
+    for file, text in code.items():
+        file.write_text(text)

@@ -20,9 +20,9 @@ from cigpose.config import load_params
 from cigpose.config.schema import ConfigError
 from cigpose.model.estimator import build_model
 from cigpose.train.checkpoints import CheckpointStore
-from cigpose.train.state import influential_params
 from pipelines import train
-from pipelines.training import results
+from pipelines.lineage import digest_of
+from pipelines.training import identity, results
 from pipelines.training.watch import Watch
 
 HOLDER = """
@@ -64,8 +64,7 @@ def held(lock: Path) -> Iterator[int]:
 def finish_run() -> Path:
     """The folder of the run of params.yaml, with made-up results."""
     config = load_params()
-    params = influential_params(config, train.digests(config), train.pretrained_digest(config))
-    folder = train.run_folder(config, params)
+    folder = identity.run_folder(config, identity.run_params(config))
     for name in ("model/model.safetensors", *train.OUTPUTS[1:]):
         (folder / "results" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "results" / name).write_text('{"best_epoch": 1, "epochs": 2}')
@@ -76,10 +75,9 @@ def finish_run() -> Path:
 def outcome_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
     """Exit status and output of the stage."""
     capsys.readouterr()
-    code: object = 0
     try:
-        train.main(arguments)
-    except SystemExit as end:
+        code = train.main(arguments)
+    except SystemExit as end:  # of a command line that is none
         code = end.code
     return code, "".join(capsys.readouterr())
 
@@ -96,11 +94,27 @@ def test_changed_first_weights_are_another_run(
     code, output = outcome_of(capsys)
     assert code == 0 and "finished before" in output
     safetensors.torch.save_file({key: tensor + 1 for key, tensor in state.items()}, weights)
-    assert outcome_of(capsys)[0] == "train: trained"
+    assert outcome_of(capsys) == (1, "train: trained\n")
     assert trained == [first.with_name(trained[0].name)] and trained[0] != first
     weights.unlink()
-    code, _ = outcome_of(capsys)
-    assert str(code).endswith("not found. `dvc repro pretrained` fetches the backbone's first weights.")
+    assert "not found. `dvc repro pretrained` fetches the backbone's first weights." in outcome_of(capsys)[1]
+
+
+def test_another_evaluation_is_of_the_same_run(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.params(seed=6)
+    folder = finish_run()
+    other = {"person_score": "box", "oks_nms_threshold": None, "keypoint_score_threshold": 0.1, "area": "box"}
+    others = {f"evaluate__{name}": value for name, value in {**other, "batch": 3, "metric": "body/AP"}.items()}
+    stage.params(seed=6, **others)
+    assert outcome_of(capsys) == (
+        0,
+        f"{folder}: finished before with these params; its results are taken. --restart trains anew.\n"
+        "quickstart: best epoch 1 of 2\n",
+    )
+    stage.params(seed=6, train__validation__metric="body/AP")
+    assert outcome_of(capsys)[0] == 1 and trained[0] != folder
 
 
 @pytest.mark.parametrize(
@@ -124,8 +138,8 @@ def test_damaged_results_are_named_and_made_again(
     folder = finish_run()
     harm(folder)
     code, output = outcome_of(capsys)
-    assert code == "train: trained" and trained == [folder]
-    assert sentence in output and "the run is trained again" in output
+    assert code == 1 and trained == [folder]
+    assert sentence in output and output.endswith("train: trained\n") and "the run is trained again" in output
     assert not (folder / "DONE").exists()
 
 
@@ -139,20 +153,21 @@ def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
     store.save(1, {}, {})
     before = sorted(folder.rglob("*"))
     with held(folder.with_name(f"{folder.name}.lock")) as owner:
-        code, _ = outcome_of(capsys, *arguments)
-    assert str(code).startswith(f"train: a training of this run is running already (process {owner} on ")
+        code, output = outcome_of(capsys, *arguments)
+    assert code == 1 and output.startswith(f"train: a training of this run is running already (process {owner} on ")
     assert sorted(folder.rglob("*")) == before and store.names() == ["step-000000001"]
     assert not trained
     outcome_of(capsys, "--restart")  # the owner has gone
     assert trained == [folder] and not folder.exists()
 
 
+@pytest.mark.parametrize("protocol", ["evaluate", "train.validation"])
 def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
-    stage: Stage, trained: list[Path], tmp_path: Path
+    stage: Stage, trained: list[Path], tmp_path: Path, protocol: str
 ) -> None:
-    stage.params(evaluate__metric="whole/AP_easy")
+    stage.params(**{f"{protocol.replace('.', '__')}__metric": "whole/AP_easy"})
     run: Any = None  # nothing is told to MLflow yet
-    with pytest.raises(ConfigError, match=r"evaluate\.metric: 'whole/AP_easy' is not among"):
+    with pytest.raises(ConfigError, match=rf"^{protocol}\.metric: 'whole/AP_easy' is not among"):
         Watch(load_params(), tmp_path, run, Path("data/shards"))
 
 
@@ -181,10 +196,10 @@ def test_two_runs_do_not_keep_their_checkpoints_at_one_address_at_once(
     address = str(tmp_path / "kept")
     stage.params(seed=4, train__checkpoint={"address": address})
     CheckpointStore(address).save(1, {}, {})
-    lock = stage.folder / ".runs" / f"checkpoints-{train.digest_of(address)}.lock"
+    lock = stage.folder / ".runs" / f"checkpoints-{digest_of(address)}.lock"
     with held(lock):
-        code, _ = outcome_of(capsys, "--restart")
-    assert f"a training with its checkpoints at {address} is running already" in str(code)
+        _, output = outcome_of(capsys, "--restart")
+    assert f"a training with its checkpoints at {address} is running already" in output
     assert CheckpointStore(address).names() == ["step-000000001"]
 
 

@@ -37,7 +37,8 @@ class Sharder:
         )
         model = replace(base.model, causal=CausalConfig(train_top_k=1))
         evaluate = replace(base.evaluate, metric="body/AP")  # which every set has
-        return replace(base, data=data, model=model, keypoints=keypoints, evaluate=evaluate)
+        train = replace(base.train, validation=replace(base.train.validation, metric="body/AP"))
+        return replace(base, data=data, model=model, keypoints=keypoints, train=train, evaluate=evaluate)
 
     def __call__(self, raw: Path, **options: Any) -> ShardIndex:
         return write_dataset(self.config(**options), "people", raw, self.root)

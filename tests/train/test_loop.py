@@ -116,6 +116,16 @@ def test_the_best_epoch_is_that_of_the_chosen_metric(whole_run: Any) -> None:
     assert result["best"]["epoch"] == 1 + values.index(max(values))
 
 
+def test_epochs_are_measured_by_their_own_protocol_and_not_by_that_of_the_finished_model(
+    tiny_config: Any, shards: Path, tmp_path: Path, whole_run: Any
+) -> None:
+    # no set of these has detections
+    config = tiny_config(evaluate__boxes="detections", evaluate__metric="body/AP", train__validation__metric="whole/AR")
+    result = train(config, place(config, shards, tmp_path), Recorder())
+    assert result["best"]["metric"] == "whole/AR"
+    assert deterministic(result["history"]) == deterministic(whole_run[2]["history"])
+
+
 @pytest.mark.parametrize("killed_at", [2, 4, 8], ids=["before a checkpoint", "between two", "second epoch"])
 def test_a_resumed_training_ends_bit_equal_to_one_never_interrupted(
     tiny_config: Any, shards: Path, tmp_path: Path, whole_run: Any, killed_at: int
@@ -188,7 +198,7 @@ def test_a_checkpoint_beyond_the_end_of_the_epoch_goes_on_with_the_next(
 
 
 def test_an_unknown_metric_is_named_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"evaluate.metric: 'whole/PCK' is not among .*whole/AP"):
+    with pytest.raises(ValueError, match=r"train.validation.metric: 'whole/PCK' is not among .*whole/AP"):
         loop.chosen_metric({"whole/AP": 0.1}, "whole/PCK")
 
 
