@@ -46,7 +46,7 @@ from pipelines.registry.versions import (
     WEIGHTS_TAG,
     Registry,
 )
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import UnreachableError, be_impatient, connect, tracking_address
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the outcome of the last registration again")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    tracking.be_impatient(UPLOAD_S)
+    be_impatient(UPLOAD_S)
     try:
         config = load_params()
         if not options.show:
             write_json(REGISTERED, register(config, Path.cwd()))
         print(summary(read_json(REGISTERED), flat_metrics(read_json(METRICS))))
-    except tracking.UnreachableError as err:
+    except UnreachableError as err:
         advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
         print(f"register: {err} {advice}", file=sys.stderr)
         return 1
@@ -93,9 +93,9 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     """
     run_info = read_json(root / MODEL / "run.json")
     evaluation = read_evaluation(config, root)
-    address = tracking.tracking_address(config)
+    address = tracking_address(config)
     mlflow.set_tracking_uri(address)  # a sqlite registry looks logged models up at the global address
-    client = tracking.connect(address)
+    client = connect(address)
     run_id = training_run(client, config, str(run_info["run_id"]), address)
     log_results(client, run_id, evaluation, root)
     registry = Registry(client, config.registry.model)

@@ -31,7 +31,7 @@ from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
 from pipelines.lineage import digest_of, file_sha256, project_root, shards_digest
 from pipelines.paths import DATA, RUNS, SHARDS
-from pipelines.tracking import run as tracking
+from pipelines.tracking.courier import tracked
 from pipelines.training import driver
 from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
 from pipelines.training.watch import Watch
@@ -89,11 +89,10 @@ def alone(config: Config, folder: Path) -> Iterator[None]:
 
 def train_run(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tracking.start_run(config, kind="train", run_folder=folder) as run:
-        run.log_inputs([shards.address for shards in opened(config, config.data.train)], context="training")
-        run.log_inputs([shards.address for shards in opened(config, (config.data.val,))], context="validation")
-        watch = Watch(config, folder, run, SHARDS)
+    with tracked(config, folder) as run:
+        run.note_inputs([shards.address for shards in opened(config, config.data.train)], context="training")
+        run.note_inputs([shards.address for shards in opened(config, (config.data.val,))], context="validation")
+        watch = Watch(config, run, SHARDS)
         settings = {
             "root": str(Path.cwd()),
             "run_folder": str(folder),

@@ -22,6 +22,7 @@ from cigpose.model.estimator import build_model
 from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.state import influential_params
 from pipelines import train
+from pipelines.tracking.run import Run
 from pipelines.training import results
 from pipelines.training.watch import Watch
 
@@ -151,9 +152,8 @@ def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
     stage: Stage, trained: list[Path], tmp_path: Path
 ) -> None:
     stage.params(evaluate__metric="whole/AP_easy")
-    run: Any = None  # nothing is told to MLflow yet
     with pytest.raises(ConfigError, match=r"evaluate\.metric: 'whole/AP_easy' is not among"):
-        Watch(load_params(), tmp_path, run, Path("data/shards"))
+        Watch(load_params(), Run(tmp_path), Path("data/shards"))
 
 
 @pytest.mark.slow
