@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,10 @@ def test_a_file_is_uploaded_once_and_again_when_it_has_changed(folder: Path, con
         run.note_file(folder / "crops.txt")
     client = connect(address)
     uploaded = Path(client.get_run(run.run_id).info.artifact_uri.removeprefix("file://")) / "crops.txt"
-    before = uploaded.stat().st_mtime_ns
+    assert uploaded.read_text() == "first"
+    uploaded.write_text("left alone")
     sync_run(folder, client)
-    assert uploaded.stat().st_mtime_ns == before
+    assert uploaded.read_text() == "left alone"
     (folder / "crops.txt").write_text("of the resumed training")
     sync_run(folder, client)
     assert uploaded.read_text() == "of the resumed training"
@@ -307,8 +309,10 @@ def test_processes_that_make_the_database_at_once_do_not_break_it(project: Path,
     assert len(client.search_runs([get_experiment(client, "quickstart")])) == 3
 
 
-def _deliver(folder: Path, address: str) -> None:
-    sync_run(folder, connect(address))
+def _deliver(folder: Path, address: str, barrier: Barrier) -> None:
+    client = connect(address)
+    barrier.wait(30)
+    sync_run(folder, client)
 
 
 def test_several_that_deliver_a_run_at_once_make_one(folder: Path, config: Config, address: str) -> None:
@@ -316,8 +320,10 @@ def test_several_that_deliver_a_run_at_once_make_one(folder: Path, config: Confi
     run.begin(config, "train", address)
     for step in range(300):
         run.log_record(loss(step))
+    connect(address).create_experiment("quickstart")
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_deliver, args=(folder, address)) for _ in range(3)]
+    barrier = context.Barrier(3)
+    children = [context.Process(target=_deliver, args=(folder, address, barrier)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
