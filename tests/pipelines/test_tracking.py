@@ -346,7 +346,7 @@ def test_a_server_away_holds_nobody_up_and_gets_everything_once_when_it_is_there
     started = time.monotonic()
     with tracked(config, project / ".runs/a") as away:
         away.log_record(loss(1))
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
     assert time.monotonic() - started < 20
     assert away.run_id.startswith("local-")
     mlflow_server.start()
