@@ -44,7 +44,7 @@ from pipelines.registry.versions import (
     Registry,
 )
 from pipelines.stage import stage
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import UnreachableError, be_impatient, connect, tracking_address
 
 UPLOAD_S = 30.0
 """Seconds without an answer after which MLflow is given up: it answers an upload once it has stored the file."""
@@ -59,11 +59,11 @@ UPLOAD_S = 30.0
 def main(config: Config, show: bool) -> None:
     """Register, or show what was registered."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    tracking.be_impatient(UPLOAD_S)
+    be_impatient(UPLOAD_S)
     if not show:
         try:
             write_json(REGISTERED, register(config, Path.cwd()))
-        except tracking.UnreachableError as err:
+        except UnreachableError as err:
             advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
             raise RegisterError(f"{err} {advice}") from err
         except MlflowException as err:
@@ -85,9 +85,9 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     """
     run_info = read_json(root / MODEL / "run.json")
     evaluation = read_evaluation(config, root)
-    address = tracking.tracking_address(config)
+    address = tracking_address(config)
     mlflow.set_tracking_uri(address)  # a sqlite registry looks logged models up at the global address
-    client = tracking.connect(address)
+    client = connect(address)
     run_id = training_run(client, config, str(run_info["run_id"]), address)
     log_results(client, run_id, evaluation, root)
     registry = Registry(client, config.registry.model)

@@ -23,7 +23,7 @@ from cigpose.evaluate.checkpoint import open_shards
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from pipelines.paths import DATA, SHARDS
 from pipelines.stage import stage
-from pipelines.tracking import run as tracking
+from pipelines.tracking.courier import tracked
 from pipelines.training import driver
 from pipelines.training.identity import alone, run_folder, run_params
 from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
@@ -55,10 +55,10 @@ def main(config: Config, restart: bool) -> None:
 def train_run(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tracking.start_run(config, kind="train", run_folder=folder) as run:
+    with tracked(config, folder) as run:
         for context, datasets in (("training", config.data.train), ("validation", (config.data.val,))):
-            run.log_inputs([open_shards(config, name, SHARDS).address for name in datasets], context=context)
-        watch = Watch(config, folder, run, SHARDS)
+            run.note_inputs([open_shards(config, name, SHARDS).address for name in datasets], context=context)
+        watch = Watch(config, run, SHARDS)
         settings = {
             "root": str(Path.cwd()),
             "run_folder": str(folder),

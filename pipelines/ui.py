@@ -26,7 +26,7 @@ from cigpose.files.addresses import without_credentials
 from pipelines.access import address_note, guarded_server, prefect_home
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
-from pipelines.tracking.run import artifact_folder, connect, tracking_address
+from pipelines.tracking.address import artifact_folder, connect, tracking_address
 
 START_TIMEOUT_S = 240.0
 HOST = "127.0.0.1"

@@ -17,14 +17,14 @@ from pipelines.registry.versions import (
     Decision,
     Registry,
 )
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import run_url, tracking_address
 
 
 def outcome(
     client: MlflowClient, config: Config, run_id: str, version: int, decision: Decision, registry: Registry
 ) -> dict[str, Any]:
     """The content of data/registered.json."""
-    address = tracking.tracking_address(config)
+    address = tracking_address(config)
     champion = registry.by_alias(CHAMPION)
     return {
         "model": config.registry.model,
@@ -37,7 +37,7 @@ def outcome(
         "decision_text": f"{config.registry.model}: {decision.text}",
         "champion": {"version": decision.champion_version, "value": decision.champion_value},
         "run_id": run_id,
-        "url": tracking.run_url(address, client.get_run(run_id).info.experiment_id, run_id),
+        "url": run_url(address, client.get_run(run_id).info.experiment_id, run_id),
         "tracking_address": without_credentials(address),
     }
 

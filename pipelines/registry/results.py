@@ -20,7 +20,7 @@ from pipelines.registry.versions import (
     Measurement,
     protocol_of,
 )
-from pipelines.tracking import run as tracking
+from pipelines.tracking.sync import resolve_run_id
 
 LARGEST_REPORT_FILE = 50_000_000
 """Bytes; larger files of the report (predictions, results of a big set) stay with DVC."""
@@ -51,7 +51,7 @@ def training_run(client: MlflowClient, config: Config, run_id: str, address: str
     Raises:
         RegisterError: MLflow has no such run.
     """
-    found = tracking.resolve_run_id(client, config, run_id, project_root() / RUNS, address)
+    found = resolve_run_id(client, config, run_id, project_root() / RUNS)
     if found is None:
         raise RegisterError(
             f"{MODEL}/run.json: MLflow at {address} has no run {run_id}, and no folder of .runs/ has its history. Is "

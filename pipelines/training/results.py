@@ -18,13 +18,14 @@ from cigpose.files.atomic import write_json, write_text, written_file, written_f
 from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
+from pipelines.tracking.run import Run
 from pipelines.training import curves
 
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 RESULTS, DONE = "results", "DONE"
 
 
-def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore, folder: Path, run: Any) -> None:
+def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore, folder: Path, run: Run) -> None:
     """The stage's outputs, laid out in `folder` as below data/; an earlier `folder` is replaced when they are whole."""
     best, history = result["best"], result["history"]
     facts = {
@@ -45,8 +46,8 @@ def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore
         curves.write_loss(history, made / "plots" / "loss.csv")
         curves.write_validation(history, best["metric"], made / "plots" / "validation.csv")
         curves.write_curves(config, history, made / "plots" / "curves.svg")
-    run.log_metrics({"best/epoch": best["epoch"], f"best/{best['metric']}": best["value"]}, step=result["step"])
-    run.log_artifact(folder / "plots" / "curves.svg")
+    run.log_record({"kind": "best", "step": result["step"], "epoch": best["epoch"], best["metric"]: best["value"]})
+    run.note_file(folder / "plots" / "curves.svg")
 
 
 def fetch_weights(store: CheckpointStore, name: str, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from pipelines.tracking.run import Run
 IMAGES_SHOWN = 8
 COLUMNS_OF_CROPS = 8
 BAR = "{desc} {percentage:3.0f}% step {n_fmt}/{total_fmt}{postfix}"
-NOT_METRICS = ("kind", "epoch", "step")
 
 
 class Watch:
@@ -28,17 +26,15 @@ class Watch:
 
     Args:
         config: the experiment.
-        folder: of the run; gets history.jsonl and pictures.
-        run: the MLflow run.
+        run: gets the history, and pictures into its folder.
         shards: folder of the shard folders.
 
     Raises:
         ConfigError: the labels do not give the figures by which epochs and models are compared.
     """
 
-    def __init__(self, config: Config, folder: Path, run: Run, shards: Path) -> None:
-        self.config, self.folder, self.run = config, folder, run
-        self.history = folder / "history.jsonl"
+    def __init__(self, config: Config, run: Run, shards: Path) -> None:
+        self.config, self.run = config, run
         self.bar: Any = None
         self._pictures = list(sample_pictures(open_shards(config, config.data.val, shards), IMAGES_SHOWN))
         self._truth = dataset_truth(open_shards(config, config.data.val, shards), config.for_validation())
@@ -66,14 +62,12 @@ class Watch:
         )
         self.bar.ncols = None  # the figures matter more than the width
         if event["step"]:
-            self.bar.write(f"resumed at step {event['step']} of {event['total_steps']} ({self.folder})")
-        self.history.write_text("".join(json.dumps(record) + "\n" for record in event["history"]), encoding="utf-8")
-        for record in event["history"]:
-            self._deliver(record)
+            self.bar.write(f"resumed at step {event['step']} of {event['total_steps']} ({self.run.folder})")
+        self.run.restart_history(event["history"])
 
     def _on_log(self, event: dict[str, Any]) -> None:
         record = event["record"]
-        self._keep(record)
+        self.run.log_record(record)
         parts = " ".join(f"{key.removeprefix('loss_')} {record[key]:.4f}" for key in sorted(record) if "loss" in key)
         self.bar.set_postfix_str(
             f"epoch {record['epoch'] + 1}/{self.config.train.epochs} {parts} lr {record['lr']:.1e} "
@@ -85,22 +79,22 @@ class Watch:
 
     def _on_validation(self, event: dict[str, Any]) -> None:
         record = event["record"]
-        self._keep(record)
+        self.run.log_record(record)
         figures = " ".join(f"{key} {value:.3f}" for key, value in record.items() if key.endswith("/AP"))
         self.bar.write(f"epoch {record['epoch']}: {figures} ({record['seconds']:.0f} s)")
         pages = contact_sheets(
             self._pictures,
             event["predictions"],
             self.config.keypoint_set,
-            self.folder / "pictures",
+            self.run.folder / "pictures",
             truth=self._truth,
             name=f"epoch-{record['epoch']:03d}",
         )
         for page in pages:
-            self.run.log_artifact(page, "validation")
+            self.run.note_file(page, "validation")
 
     def _on_crops(self, event: dict[str, Any]) -> None:
-        path = self.folder / "pictures" / "training-crops.jpg"
+        path = self.run.folder / "pictures" / "training-crops.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         tiles = [
             draw_poses(np.ascontiguousarray(crop[..., ::-1]), keypoints, visible, self.config.keypoint_set)
@@ -112,20 +106,10 @@ class Watch:
         blank = np.full_like(tiles[0], 255)
         rows = [row + [blank] * (len(rows[0]) - len(row)) for row in rows]
         cv2.imwrite(str(path), np.vstack([np.hstack(row) for row in rows]))
-        self.run.log_artifact(path, "training")
+        self.run.note_file(path, "training")
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         """Nothing to show."""
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self._deliver(record)
-
-    def _deliver(self, record: dict[str, Any]) -> None:
-        prefix = "train" if record["kind"] == "log" else "val"
-        metrics = {f"{prefix}/{key}": value for key, value in record.items() if key not in NOT_METRICS}
-        self.run.log_metrics(metrics | {f"{prefix}/epoch": record["epoch"]}, step=record["step"])
 
 
 def eta(seconds: float) -> str:

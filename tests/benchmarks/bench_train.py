@@ -37,7 +37,7 @@ from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.loop import Place, train
 from cigpose.train.state import TrainState
 from cigpose.train.step import train_step
-from pipelines.tracking import run as tracking
+from pipelines.tracking.courier import tracked
 from pipelines.training import driver as cluster
 from pipelines.training.watch import Watch
 
@@ -157,10 +157,9 @@ def bare(config: Config, root: Path) -> float:
 def on_ray(config: Config, root: Path) -> float:
     """Seconds per step with Ray, MLflow and checkpoints."""
     folder = root / f"run-{time.monotonic_ns()}"
-    folder.mkdir()
     times = Times()
-    with tracking.start_run(config, run_folder=folder) as run:
-        watch = Watch(config, folder, run, root / "data/shards")
+    with tracked(config, folder) as run:
+        watch = Watch(config, run, root / "data/shards")
 
         def on_event(event: dict[str, Any]) -> None:
             if event["event"] == "log":

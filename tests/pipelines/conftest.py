@@ -20,7 +20,8 @@ from train_stage import Stage, make_stage
 from cigpose.config import Config, config_from_mapping, load_preset
 from cigpose.config.params_file import write_params
 from pipelines import ui
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import connect
+from pipelines.tracking.courier import tracked
 
 OUTSIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_PORT", "PREFECT_API_URL", "PREFECT_HOME", "PREFECT_SERVER_API_PORT")
 
@@ -29,7 +30,7 @@ OUTSIDE = ("MLFLOW_TRACKING_URI", "MLFLOW_PORT", "PREFECT_API_URL", "PREFECT_HOM
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs; copying it is faster than making one."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracking.connect(f"sqlite:///{path}")
+    connect(f"sqlite:///{path}")
     return path
 
 
@@ -96,9 +97,8 @@ def trained(project: Path) -> Callable[..., str]:
         from cigpose.model.weights import save_weights
 
         write_params(config, project / "params.yaml")
-        run = tracking.start_run(config, run_folder=project / f".runs/run-{seed}")
-        run.log_metrics({"train/loss": 1.0}, step=1)
-        run.finish()
+        with tracked(config, project / f".runs/run-{seed}") as run:
+            run.log_record({"kind": "log", "step": 1, "loss": 1.0})
         torch.manual_seed(seed)
         for folder in ("model", "report/pictures", "metrics"):
             (project / "data" / folder).mkdir(parents=True, exist_ok=True)
@@ -124,14 +124,25 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 class MlflowServer:
-    """A real server on loopback that can be killed and started again on the same port and database."""
+    """A real server on loopback that can be killed and started again on the same port and database.
+
+    Tests share it, and keep apart by the names of their experiment and model (`own`).
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, ui.free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[str] | None = None
 
+    def own(self, project: Path) -> dict[str, str]:
+        """`registry` of a test's config: this server, under names that no other test has."""
+        name = f"{project.parent.name}-{os.urandom(2).hex()}"
+        return {"tracking_uri": self.address, "experiment": name, "model": name}
+
     def start(self) -> None:
+        """Be up; nothing to do where it is."""
+        if self.process is not None:
+            return
         server = ui.mlflow_server(self.folder, self.port, f"sqlite:///{self.folder}/mlflow.db")
         server.log.parent.mkdir(parents=True, exist_ok=True)
         with server.log.open("a") as log:
@@ -139,15 +150,17 @@ class MlflowServer:
         ui.wait_healthy(server, self.process, 300)
 
     def kill(self) -> None:
+        """Be down, in the middle of whatever it does."""
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(10)
             self.process = None
 
 
-@pytest.fixture
-def mlflow_server(project: Path) -> Iterator[MlflowServer]:
-    """A server, not yet started."""
-    server = MlflowServer(project)
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[MlflowServer]:
+    """A server for all tests, up or down; each test starts or kills it as it needs."""
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    shutil.copyfile(empty_database, server.folder / "mlflow.db")
     yield server
     server.kill()

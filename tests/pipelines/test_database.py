@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cigpose.config import Config
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import connect
+from pipelines.tracking.courier import tracked
 from pipelines.tracking.database import DatabaseError
 
 
@@ -28,7 +29,7 @@ def _set_up_until(address: str, statement: int) -> None:
         if count == statement:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    tracking.connect(address)
+    connect(address)
 
 
 def set_up_and_kill(address: str, statement: int) -> int | None:
@@ -45,9 +46,9 @@ def test_a_set_up_killed_anywhere_leaves_nothing_that_stops_the_next_start(proje
     for statement in (40, 150, 300, 450):
         assert set_up_and_kill(address, statement) == -signal.SIGKILL
         assert not (project / "mlflow.db").exists()
-    with tracking.start_run(config, run_folder=project / ".runs/a") as run:
+    with tracked(config, project / ".runs/a") as run:
         pass
-    assert tracking.connect(address).get_run(run.run_id).info.status == "FINISHED"
+    assert connect(address).get_run(run.run_id).info.status == "FINISHED"
     assert not list(project.glob(".mlflow.db.*"))
 
 
@@ -55,7 +56,7 @@ def _set_up_without_room(address: str) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
     try:
-        tracking.connect(address)
+        connect(address)
     except OSError as err:
         os._exit(7 if "mlflow.db: MLflow's database could not be made: " in str(err) else 8)
 
@@ -69,12 +70,12 @@ def test_a_set_up_without_room_is_one_sentence_and_leaves_nothing(project: Path)
     child.join(60)
     assert child.exitcode == 7
     assert [path.name for path in project.iterdir()] == ["mlflow.db.lock"]
-    assert tracking.connect(address).search_experiments(max_results=1)
+    assert connect(address).search_experiments(max_results=1)
 
 
 def test_an_empty_file_is_no_database_yet(project: Path) -> None:
     (project / "mlflow.db").write_bytes(b"")
-    assert tracking.connect(f"sqlite:///{project}/mlflow.db").search_experiments(max_results=1)
+    assert connect(f"sqlite:///{project}/mlflow.db").search_experiments(max_results=1)
 
 
 @pytest.mark.parametrize("found", ["half a database", "no database"])
@@ -89,5 +90,5 @@ def test_what_is_no_whole_database_is_named_and_left_alone(project: Path, found:
         path.write_bytes(b"no sqlite" * 1000)
     before = path.read_bytes()
     with pytest.raises(DatabaseError, match=r"mlflow\.db: not a whole MLflow database \(.*\)\. .* move the file away"):
-        tracking.connect(f"sqlite:///{path}")
+        connect(f"sqlite:///{path}")
     assert path.read_bytes()[:2000] == before[:2000]

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from cigpose.config import Config, config_from_mapping
 from pipelines import register
 from pipelines.registry.versions import Measurement, Registry, decide, protocol_of
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import UnreachableError, connect
 
 MODEL = "cigpose-quickstart"
 
@@ -110,7 +110,7 @@ def test_the_protocol_holds_what_changes_figures(
 
 @pytest.fixture
 def client(project: Path) -> MlflowClient:
-    return tracking.connect(f"sqlite:///{project}/mlflow.db")
+    return connect(f"sqlite:///{project}/mlflow.db")
 
 
 def aliases(client: MlflowClient) -> dict[str, int]:
@@ -226,7 +226,8 @@ def test_nothing_is_registered_without_the_metric_to_compare_by(project: Path, t
 def test_a_server_that_is_away_is_one_sentence_and_a_rerun_registers_once(
     project: Path, trained, make_config, mlflow_server
 ) -> None:
-    config = make_config(tracking_uri=mlflow_server.address)
+    mlflow_server.kill()
+    config = make_config(**mlflow_server.own(project))
     run_id = trained(config, seed=1, whole_ap=0.5)
     assert run_id.startswith("local-")
     command = [sys.executable, "-m", "pipelines.register"]  # a fresh process, without what earlier tests have set
@@ -242,14 +243,14 @@ def test_a_server_that_is_away_is_one_sentence_and_a_rerun_registers_once(
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         started = time.monotonic()
-        with pytest.raises(tracking.UnreachableError, match="does not answer"):
-            tracking.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(UnreachableError, match="does not answer"):
+            connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 10
     mlflow_server.start()
     for _ in range(2):
         registered = register.register(config, project)
         assert MlflowClient(mlflow_server.address).get_run(registered["run_id"]).data.tags["cigpose.local_id"] == run_id
-    assert len(MlflowClient(mlflow_server.address).search_model_versions(f"name = '{MODEL}'")) == 1
+    assert len(MlflowClient(mlflow_server.address).search_model_versions(f"name = '{config.registry.model}'")) == 1
 
 
 def test_a_run_that_mlflow_does_not_have_is_named(project: Path, trained, config: Config, capsys) -> None:

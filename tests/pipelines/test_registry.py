@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipelines.registry import turns
 from pipelines.registry.versions import Measurement, Registry
-from pipelines.tracking import run as tracking
+from pipelines.tracking.address import connect
 
 MODEL = "raced"
 ROUNDS = int(os.environ.get("CIGPOSE_TEST_RACES", "5"))
@@ -29,7 +29,7 @@ class Raced:
     """A registry with versions whose weights are nobody's business."""
 
     def __init__(self, address: str) -> None:
-        self.address, self.client = address, tracking.connect(address)
+        self.address, self.client = address, connect(address)
         self.registry = Registry(self.client, MODEL)
         self.registry.ensure("")
 

@@ -16,8 +16,8 @@ from cigpose.config.schema import ADDRESS, field_marks, to_mapping
 from cigpose.deploy.onnx import export_onnx
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import read_config, save_weights
-from pipelines import register, retrain
-from pipelines.tracking import run as tracking
+from pipelines import register, retrain, ui
+from pipelines.tracking.courier import tracked
 
 SECRET = "S3CRET"
 LOOKS_LIKE_ONE = re.compile(
@@ -100,10 +100,12 @@ def test_changed_params_are_shown_without_secrets(project: Path, config: Config)
 
 @pytest.mark.slow
 def test_no_secret_is_in_anything_that_is_kept_or_shown(
-    project: Path, trained, config: Config, mlflow_server, capfd: pytest.CaptureFixture[str], caplog
+    project: Path, trained, make_config, mlflow_server, capfd: pytest.CaptureFixture[str], caplog
 ) -> None:
     mlflow_server.start()
-    config = planted(config.to_mapping(), mlflow_server.address.replace("//", f"//user:{SECRET}@"))
+    own = mlflow_server.own(project)
+    address = mlflow_server.address.replace("//", f"//user:{SECRET}@")
+    config = planted(make_config(**own).to_mapping(), address)
     trained(config, seed=1, whole_ap=0.6)
     model = build_model(config)
     save_weights(project / "data/model/model.safetensors", model.state_dict(), config)
@@ -112,28 +114,26 @@ def test_no_secret_is_in_anything_that_is_kept_or_shown(
     params = {"data.download.drive_ids": {"videos.zip": SECRET}, "registry": config.to_mapping()["registry"]}
     lock = {"schema": "2.0", "stages": {"register": {"cmd": "x", "params": {"params.yaml": params}}}}
     (project / "dvc.lock").write_text(yaml.safe_dump(lock))
-    with tracking.start_run(config, run_folder=project / ".runs/shards") as run:
-        run.log_inputs([project / "data/shards/rendered-val"])
+    with tracked(config, project / ".runs/shards") as run:
+        run.note_inputs([project / "data/shards/rendered-val"], "validation")
     assert register.main([]) == 0
     assert register.main(["--show"]) == 0
     (project / "data/model/run.json").write_text(json.dumps({"run_id": "0" * 32}))
     assert register.main([]) == 1
-    mlflow_server.kill()
-    with tracking.start_run(config, run_folder=project / ".runs/away"):  # which is said with the address
+    away = f"127.0.0.1:{ui.free_port()}"  # where no server is, which is said with the address
+    with tracked(planted(config.to_mapping(), f"http://user:{SECRET}@{away}"), project / ".runs/away"):
         pass
 
     secret = SECRET.encode()
-    own = {"params.yaml", "dvc.lock", "data/model/params.yaml"}  # the user's, and what the fixture copied
-    found = [
-        str(path.relative_to(project))
-        for path in project.rglob("*")
-        if path.is_file() and path.name != "tracking.json" and secret in path.read_bytes()
-    ]
-    assert set(found) <= own
+    users = {project / name for name in ("params.yaml", "dvc.lock", "data/model/params.yaml")}  # what is his stays
+    kept = [path for folder in (project, mlflow_server.folder) for path in folder.rglob("*") if path.is_file()]
+    assert {path for path in kept if secret in path.read_bytes()} <= users
+    experiment = json.loads((project / ".runs/shards/sync.json").read_text())["experiment_id"]
+    models = mlflow_server.folder / "mlartifacts" / experiment / "models"
     for name in ("dvc.lock", "params.yaml", "model.onnx", "model.safetensors", "lineage.json"):
-        assert len(list(project.glob(f"mlartifacts/*/models/*/artifacts/artifacts/{name}"))) == 1
+        assert len(list(models.glob(f"*/artifacts/artifacts/{name}"))) == 1
     assert read_config(project / "data/model/model.safetensors").registry.tracking_uri == mlflow_server.address
     shown = capfd.readouterr()
     assert f"MLflow    {mlflow_server.address}/#/" in shown.out and "has no run" in shown.err
-    assert f"MLflow at {mlflow_server.address}: " in caplog.text
+    assert f"MLflow at http://{away}: " in caplog.text
     assert SECRET not in shown.out + shown.err + caplog.text

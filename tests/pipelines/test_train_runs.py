@@ -22,6 +22,7 @@ from cigpose.model.estimator import build_model
 from cigpose.train.checkpoints import CheckpointStore
 from pipelines import train
 from pipelines.lineage import digest_of
+from pipelines.tracking.run import Run
 from pipelines.training import identity, results
 from pipelines.training.watch import Watch
 
@@ -166,9 +167,8 @@ def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
     stage: Stage, trained: list[Path], tmp_path: Path, protocol: str
 ) -> None:
     stage.params(**{f"{protocol.replace('.', '__')}__metric": "whole/AP_easy"})
-    run: Any = None  # nothing is told to MLflow yet
     with pytest.raises(ConfigError, match=rf"^{protocol}\.metric: 'whole/AP_easy' is not among"):
-        Watch(load_params(), tmp_path, run, Path("data/shards"))
+        Watch(load_params(), Run(tmp_path), Path("data/shards"))
 
 
 @pytest.mark.slow

@@ -16,6 +16,10 @@ import pytest
 import torch
 from train_stage import Stage
 
+from pipelines.tracking.address import connect
+from pipelines.tracking.run import Run
+from pipelines.tracking.sync import sync_run
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 LONG: dict[str, Any] = {"train__epochs": 3, "train__checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 2}}
@@ -62,6 +66,12 @@ def test_killed_at_every_level_the_weights_equal_those_of_a_run_never_killed(sta
     assert "Traceback" not in output
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
+
+    [run] = [Run(path.parent) for path in stage.folder.glob(".runs/*/run.json")]
+    client = connect(f"sqlite:///{stage.folder}/mlflow.db")
+    sync_run(run.folder, client)
+    steps = [metric.step for metric in client.get_metric_history(run.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, max(steps) + 1)) and max(steps) >= 9  # one run in MLflow, each step once
 
     shutil.rmtree(stage.folder / ".runs")  # as on another machine, which has nothing but the address
     code, output = stage.run(**aws)

@@ -19,7 +19,7 @@ import requests
 from cigpose.config import Config
 from cigpose.config.params_file import write_params
 from pipelines import access, processes, ui
-from pipelines.tracking import run as tracking
+from pipelines.tracking.courier import tracked
 
 
 def fake_server(folder: Path, *command: str, port: int | None = None) -> ui.Server:
@@ -142,9 +142,9 @@ def test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_n
     project: Path, config: Config
 ) -> None:
     write_params(config, project / "params.yaml")
-    with tracking.start_run(config, run_folder=project / ".runs/a") as run:
+    with tracked(config, project / ".runs/a") as run:
         for step in range(20):
-            run.log_metrics({"train/loss": 1 / (step + 1)}, step)
+            run.log_record({"kind": "log", "step": step, "loss": 1 / (step + 1)})
     ports = {"PREFECT_SERVER_API_PORT": str(ui.free_port()), "MLFLOW_PORT": str(ui.free_port())}
     prefect, mlflow = (f"http://127.0.0.1:{port}" for port in ports.values())
     log = (project / "ui.log").open("w")
@@ -166,7 +166,7 @@ def test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_n
         assert (project / ".prefect/prefect.db").is_file()
         servers = [int(line) for line in _children(process.pid)]
         assert len(servers) >= 2
-        state = tracking.Spool(project / ".runs/a").state
+        state = json.loads((project / ".runs/a/sync.json").read_text())
         if CHROMIUM:
             screenshot(
                 f"{mlflow}/#/experiments/{state['experiment_id']}/runs/{run.run_id}/model-metrics", project / "m.png"
