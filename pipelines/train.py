@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,7 +69,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--restart", action="store_true", help="forget the run of these params, and train anew")
+    asked = "CIGPOSE_RESTART" in os.environ  # by the flow: `dvc repro` hands no arguments on
+    parser.add_argument("--restart", action="store_true", default=asked, help="forget the run of these params")
     return parser.parse_args(arguments)
 
 
@@ -124,11 +126,9 @@ def opened(config: Config, datasets: tuple[str, ...]) -> list[Any]:
 
 def digests(config: Config) -> dict[str, str]:
     """Dataset -> digest of its shards, for training and validation."""
-    names = dict.fromkeys((*config.data.train, config.data.val))
-    return {
-        shards.dataset: shards_digest({"shards": [{"sha256": entry.sha256} for entry in shards.index.shards]})
-        for shards in opened(config, tuple(names))
-    }
+    names = tuple(dict.fromkeys((*config.data.train, config.data.val)))
+    entries = {shards.dataset: shards.index.shards for shards in opened(config, names)}
+    return {name: shards_digest({"shards": [{"sha256": entry.sha256} for entry in of]}) for name, of in entries.items()}
 
 
 def pretrained_digest(config: Config) -> str | None:

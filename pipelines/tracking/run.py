@@ -185,7 +185,7 @@ class Run:
             locations: folders or addresses of shards, each with an index.json.
             context: what they are read for: `training`, `validation`.
         """
-        hashes = dvc_hashes(project_root() / "dvc.lock")
+        hashes = dvc_hashes(Path("dvc.lock"))
         datasets = [_describe_shards(location, context, hashes) for location in locations]
         self._spool.append({"do": "inputs", "datasets": datasets})
         self._courier.notify()
@@ -273,7 +273,7 @@ def be_impatient(timeout_s: float = 5.0) -> None:
 
 def _run_tags(config: Config, kind: str) -> dict[str, str]:
     tags = {"cigpose.kind": kind, "cigpose.preset": config.name, "mlflow.source.name": f"pipelines.{kind}"}
-    revision = git_revision(project_root())
+    revision = git_revision()
     if revision:
         tags |= {"git.revision": revision, "mlflow.source.git.commit": revision.partition("+")[0]}
     return tags

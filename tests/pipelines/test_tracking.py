@@ -183,13 +183,18 @@ def test_a_spoilt_state_of_another_run_stops_nobody(
     assert client.get_run(again.run_id).info.status == "FINISHED"
 
 
-def test_shards_are_logged_with_digest_and_dvc_hash(project: Path, config: Config, address: str) -> None:
-    folder = project / "data/shards/coco-val"
+@pytest.mark.parametrize("copy", [".", ".dvc/tmp/exps/retrain"], ids=["the project", "a copy of it"])
+def test_shards_are_logged_with_digest_and_the_hash_that_dvc_knows_where_the_stage_runs(
+    project: Path, config: Config, address: str, copy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "dvc.lock").write_text("stages: {s: {outs: [{path: data/shards/coco-val, md5: 9f9f9f.dir}]}}")
+    folder = project / copy / "data/shards/coco-val"
     folder.mkdir(parents=True)
     index = {"dataset": "coco-val", "images": 3, "persons": 5, "sources": {"a": "00"}, "shards": [{"sha256": "ff"}]}
     (folder / "index.json").write_text(json.dumps(index))
     lock = "schema: '2.0'\nstages:\n  s:\n    outs:\n    - path: data/shards/coco-val\n      md5: 123abc.dir\n"
-    (project / "dvc.lock").write_text(lock)
+    (project / copy / "dvc.lock").write_text(lock)
+    monkeypatch.chdir(project / copy)
     with tracking.start_run(config, run_folder=project / ".runs/a") as run:
         run.log_inputs([folder], context="validation")
     found = tracking.connect(address).get_run(run.run_id).inputs.dataset_inputs[0]
