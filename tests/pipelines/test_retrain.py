@@ -286,11 +286,11 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     if os.environ.get("CIGPOSE_KEEP_SCREENSHOTS"):
         _keep_pictures(prefect, first)
 
-    (toy / "control/fail").write_text("evaluate")
-    failed = prefect.wait_end(second := prefect.start_run(force=["evaluate"], start_from="evaluate"))
+    (toy / "control/fail").write_text("register")
+    failed = prefect.wait_end(second := prefect.start_run(force=["register"], start_from="register"))
     assert (failed["type"], failed["message"]) == (
         "FAILED",
-        "evaluate: annotation 7: foot_kpts has 15 numbers, expected 18." + 60 * " Look at the file.",
+        "register: annotation 7: foot_kpts has 15 numbers, expected 18." + 60 * " Look at the file.",
     ), prefect.lines(second)
     (toy / "control/fail").write_text("")
 
