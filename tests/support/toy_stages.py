@@ -112,7 +112,7 @@ def dvc(folder: Path, *command: str) -> str:
 def tree(folder: Path) -> dict[str, bytes]:
     """Path -> bytes of what a user has in a project, data as well; not what tools keep for themselves."""
     own = (".git/", ".dvc/tmp", ".dvc/cache", ".prefect", ".runs", "control", "pipelines", "mlflow.db")
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log")
     named = {str(path.relative_to(folder)): path for path in files}
     return {name: path.read_bytes() for name, path in named.items() if not name.startswith(own)}
 
