@@ -7,8 +7,10 @@ token; and a page whose host name was pointed at 127.0.0.1 (Prefect does not loo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import requests
@@ -75,6 +77,16 @@ def server_to_use(root: Path) -> dict[str, str]:
     if asked is None and (own is None or not _is_up(own)):
         return guarded_server(root)
     return {"PREFECT_API_URL": str(own), "PREFECT_API_AUTH_STRING": server_token(root)}
+
+
+@contextlib.contextmanager
+def using_server(root: Path) -> Iterator[None]:
+    """Let Prefect's clients in this process use the server to use."""
+    from prefect import settings  # late: it reads PREFECT_HOME, and not everyone who is here needs it
+
+    chosen = {getattr(settings, name): value for name, value in server_to_use(root).items()}
+    with settings.temporary_settings(chosen):
+        yield
 
 
 def _is_up(address: str) -> bool:

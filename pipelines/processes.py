@@ -49,16 +49,19 @@ def run_logged(
     on_line: Callable[[str], None],
     env: Mapping[str, str] | None = None,
     grace: Grace = GRACE,
+    on_start: Callable[[int], None] = lambda group: None,
 ) -> int:
     """Run a command and hand on each line of its output at once.
 
     Whatever interrupts it (Ctrl-C, a cancelled flow, a timeout), the whole group is stopped before this returns.
+    `on_start` hears the group's number.
 
     Returns: its exit status.
     """
     process = start(command, cwd=cwd, env=env)
     assert process.stdout is not None
     try:
+        on_start(process.pid)
         for line in process.stdout:
             if line.strip():
                 on_line(line.rstrip())
@@ -69,22 +72,32 @@ def run_logged(
 
 
 def stop_group(process: subprocess.Popen[str], grace: Grace = GRACE) -> None:
-    """End a process started by `start` and everything in its group.
+    """End a process started by `start` and everything in its group."""
+    end_group(process.pid, grace, bury=process.poll)
 
-    The group is watched, not the process alone: on SIGTERM dvc dies at once while the stage it started lives on.
+
+def end_group(group: int, grace: Grace = GRACE, bury: Callable[[], object] = lambda: None) -> None:
+    """End every process of a group.
+
+    The group is watched, not its first process alone: on SIGTERM dvc dies at once while the stage it started lives on.
+
+    Args:
+        group: its number.
+        grace: how it is asked.
+        bury: called again and again; waits for a child of ours that has ended.
     """
     for number, seconds in grace:
-        process.poll()
-        if not group_members(process.pid):
+        bury()
+        if not group_members(group):
             return
         try:
-            os.killpg(process.pid, number)
+            os.killpg(group, number)
         except ProcessLookupError:
             return
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            process.poll()
-            if not group_members(process.pid):
+            bury()
+            if not group_members(group):
                 return
             time.sleep(0.05)
 

@@ -4,29 +4,29 @@
     python -m pipelines.retrain --serve --cron "0 3 * * 1"      every Monday at three, as long as this process lives
     prefect deploy --all                                        the deployments of prefect.yaml, for a worker anywhere
 
-Prefect keeps its state in `.prefect` beside params.yaml unless PREFECT_HOME says else.
+Stages run in a workspace of their own (`pipelines/retraining/workspace.py`); the user's tree stays as it is, and the
+outcome is a DVC experiment. Prefect keeps its state in `.prefect` beside params.yaml unless PREFECT_HOME says else.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipelines.access import prefect_home, server_to_use
+from pipelines.access import prefect_home, using_server
 from pipelines.lineage import project_root
 from pipelines.processes import environment, run_logged
 
@@ -34,19 +34,31 @@ ROOT = project_root()
 prefect_home(ROOT)
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")  # its first start takes 10 to 20 s
 
-from prefect import Task, flow, get_run_logger, settings, task  # noqa: E402  (reads the settings above when imported)
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact  # noqa: E402
+from prefect import Task, flow, get_run_logger, runtime, task  # noqa: E402  (reads the settings above)
 from prefect.client.schemas.objects import (  # noqa: E402
     ConcurrencyLimitConfig,
     ConcurrencyLimitStrategy,
     State,
     TaskRun,
 )
+from prefect.states import Cancelled, Completed, Failed  # noqa: E402
 
-from cigpose.config import Config, config_from_mapping, load_params, public_params  # noqa: E402
-from cigpose.config.params_file import write_params  # noqa: E402
+from cigpose.config import public_params  # noqa: E402
 from cigpose.config.schema import ConfigError  # noqa: E402
 from cigpose.files.addresses import without_credentials  # noqa: E402
+from cigpose.files.atomic import ClaimedError  # noqa: E402
+from pipelines.retraining.artifacts import publish  # noqa: E402
+from pipelines.retraining.overrides import Changes, asked_config  # noqa: E402
+from pipelines.retraining.turn import Note, clear_killed, noted, only_retraining  # noqa: E402
+from pipelines.retraining.words import LastWords  # noqa: E402
+from pipelines.retraining.workspace import (  # noqa: E402
+    Workspace,
+    WorkspaceError,
+    make_workspace,
+    names_of,
+    save_experiment,
+    stale_stages,
+)
 
 HOUR = 3600
 
@@ -86,37 +98,37 @@ POLICIES = {
     "register": Policy(timeout_s=HOUR, retries=1, retry_delay_s=30, retry_after_s=30),  # finds again what it registered
 }
 OTHER = Policy(timeout_s=24 * HOUR)
-_DVC_NOISE = re.compile(
-    r"^(ERROR: failed to reproduce|Running stage|Stage '|> |WARNING: |To track|\s*git add|Updating lock)"
-)
 
 
-def run_stage(stage: str, force: bool = False) -> None:
+def run_stage(stage: str, workspace: Workspace, note: Note, experiment: str, force: bool) -> State[Any]:
     """Bring one DVC stage up to date (all members of a `foreach`), its output in the flow's log line by line.
 
     Cancelling the flow stops the stage and all it started before this returns.
 
+    Returns: state of the task run, named by what was done.
+
     Raises:
         StageError: the stage failed.
     """
-    log = get_run_logger()
-    last, started = "", time.monotonic()
+    log, words, started = get_run_logger(), LastWords(stage), time.monotonic()
 
     def on_line(line: str) -> None:
-        nonlocal last
         log.info(line)
-        if not _DVC_NOISE.match(line):
-            last = line.strip()
+        words.hear(line)
 
+    environment = workspace.env(experiment)
+    if force and runtime.task_run.run_count <= 1:  # another try goes on from the first one's checkpoint
+        environment["CIGPOSE_RESTART"] = "1"
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
-    status = run_logged(command, cwd=ROOT, on_line=on_line)
+    status = run_logged(command, cwd=workspace.folder, on_line=on_line, env=environment, on_start=note.write)
     if status:
-        error = StageError(f"{stage}: {(last or f'dvc exited with {status}.').removeprefix(f'{stage}: ')}")
+        error = StageError(words.sentence or f"{stage}: dvc exited with {status}.")
         error.seconds = time.monotonic() - started
         raise error
+    return Completed(name=words.done)
 
 
-def stage_task(stage: str) -> Task[..., None]:
+def stage_task(stage: str) -> Task[..., Any]:
     """The task of a stage, with its retries and time limit."""
     policy = POLICIES.get(stage, OTHER)
 
@@ -178,113 +190,100 @@ def stages_from(order: Sequence[str], first: str | None) -> list[str]:
     return list(order[order.index(first) :])
 
 
-def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Write new values into params.yaml, as `dvc exp run -S` does: they stay there after the run.
+def flow_run_name() -> str:
+    """Name of the flow run at work: the experiment that it makes, and what is asked of it."""
+    parameters = runtime.flow_run.parameters
+    wishes = [f"{key}={public_params(value, key)}" for key, value in (parameters.get("overrides") or {}).items()]
+    if preset := parameters.get("preset"):
+        wishes.insert(0, f"preset {preset}")
+    if force := parameters.get("force"):
+        wishes.append("all stages anew" if force is True else f"{', '.join(force)} anew")
+    if first := parameters.get("start_from"):
+        wishes.append(f"from {first} on")
+    name = f"retrain-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return without_credentials(f"{name}: {', '.join(wishes) or 'what has changed'}")
+
+
+@flow(name="retrain", flow_run_name=flow_run_name, log_prints=True, validate_parameters=True)
+def retrain(
+    overrides: dict[str, Any] | None = None,
+    force: bool | list[str] = False,
+    start_from: str | None = None,
+    preset: str | None = None,
+) -> State[str]:
+    """Bring every DVC stage up to date in a workspace of its own; what comes out is a DVC experiment.
 
     Args:
-        path: params.yaml.
-        overrides: `train.epochs` -> value, of keys that params.yaml has; a table (`data.locations`) is given whole.
-
-    Returns: key -> (value before, value now), of those that changed, as they may be shown.
-
-    Raises:
-        ConfigError: a key that does not exist, or a value that does not fit; params.yaml is untouched.
-    """
-    before = load_params(path).to_mapping()
-    values = json.loads(json.dumps(before))
-    for key, value in overrides.items():
-        *sections, name = key.split(".")
-        section = values
-        for part in sections:
-            if not isinstance(section.get(part), dict):
-                raise ConfigError(f"overrides: {key}: {part!r} is not a section of params.yaml.")
-            section = section[part]
-        if name not in section:
-            near = difflib.get_close_matches(name, section, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else "Add it to params.yaml by hand, or give the whole table."
-            raise ConfigError(f"overrides: {key}: unknown key. {hint}")
-        section[name] = value
-    config: Config = config_from_mapping(values)
-    after = config.to_mapping()
-    changes = {key: (_look_up(before, key), _look_up(after, key)) for key in overrides}
-    changes = {key: (old, new) for key, (old, new) in changes.items() if old != new}
-    if changes:
-        write_params(config, path)
-    return {key: (public_params(old, key), public_params(new, key)) for key, (old, new) in changes.items()}
-
-
-def _look_up(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
-    return values
-
-
-@flow(name="retrain", log_prints=True, validate_parameters=True)
-def retrain(overrides: dict[str, Any] | None = None, force: bool = False, start_from: str | None = None) -> str:
-    """Bring every DVC stage up to date and show what came out.
-
-    Args:
-        overrides: values to write into params.yaml first, such as {"train.epochs": 10}. They stay there.
-        force: run stages even if nothing they depend on has changed.
+        overrides: values in place of those of params.yaml, such as {"train.epochs": 10}, for this run alone.
+        force: stages to run even if nothing they depend on has changed, or all; a training begins anew.
         start_from: first stage to look at; those before it are taken as they are.
+        preset: experiment to take in place of params.yaml.
 
-    Returns: one line about the registered model.
+    Returns: state of the flow run, its message one line about the registered model.
     """
+    try:
+        config, changes = asked_config(ROOT / "params.yaml", preset, overrides or {})
+        with only_retraining(ROOT):
+            if marked := clear_killed(ROOT):
+                get_run_logger().info("Flow run %s was killed; it is marked now.", marked)
+            with noted(ROOT, str(runtime.flow_run.id)) as note:
+                workspace = make_workspace(ROOT, config if changes or preset else None)
+                tell(workspace, preset, changes)
+                return run_stages(workspace, note, changes, forced=force, first=start_from)
+    except ClaimedError as err:
+        return Cancelled(name="Busy", message=str(err))
+    except (StageError, WorkspaceError, ConfigError, OSError, TimeoutError) as err:
+        return Failed(message=without_credentials(str(err)))
+
+
+def tell(workspace: Workspace, preset: str | None, changes: Changes) -> None:
+    """Log what this run works on."""
     log = get_run_logger()
-    changes = apply_overrides(ROOT / "params.yaml", overrides) if overrides else {}
+    log.info("The workspace is a copy of %s.", workspace.baseline[:10])
+    if workspace.edited:
+        log.info("Taken along, not yet committed: %s.", _some(workspace.edited))
+    if workspace.left_out:
+        log.info("Left out, as git does not know them: %s.", _some(workspace.left_out))
+    if preset:
+        log.info("Preset %s in place of params.yaml.", preset)
     for key, (old, new) in changes.items():
-        log.info("params.yaml: %s was %r, is %r now.", key, old, new)
-    for stage in stages_from(stages(ROOT), start_from):
+        log.info("params.yaml: %s was %r, is %r in this run.", key, old, new)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+    return ", ".join([*names[:20], *more])
+
+
+def run_stages(
+    workspace: Workspace, note: Note, changes: Changes, *, forced: bool | list[str], first: str | None
+) -> State[str]:
+    """Run what is stale or forced, keep the outcome as an experiment, and show it."""
+    order = stages(workspace.folder)
+    chosen = stages_from(order, first)
+    anew = set(order if forced is True else forced or ())
+    if unknown := anew - set(order):
+        raise StageError(f"force: there is no stage {min(unknown)!r} in dvc.yaml. Stages: {', '.join(order)}.")
+    if not (names_of(stale_stages(workspace.folder)) | anew) & set(chosen):
+        return Completed(name="Up to date", message="Nothing that the stages depend on has changed; none was run.")
+    experiment = str(runtime.flow_run.name).partition(":")[0]
+    for stage in chosen:
         # Called, not submitted: a cancellation then reaches the stage (a thread of its own would not hear of it).
-        stage_task(stage)(stage, force=force)
-    return publish(ROOT, changes)
-
-
-def publish(root: Path, changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Artifacts of the flow run: the table of metrics, the registered version, the link to MLflow.
-
-    Returns: one line about the registered model.
-    """
-    metrics, registered = _read(root / "data/metrics/evaluate.json"), _read(root / "data/registered.json")
-    table = metric_rows(metrics)
-    if table:
-        create_table_artifact(key="retrain-metrics", table=table, description="Evaluation of this run's model.")
-    line = registered.get("decision_text") or "No model was registered."
-    text = [f"### {registered.get('model', 'No model')} {registered.get('version', '')}".rstrip(), "", line, ""]
-    if changes:
-        text += ["| params.yaml | before | now |", "| --- | --- | --- |"]
-        text += [f"| {key} | {old} | {new} |" for key, (old, new) in changes.items()]
-    create_markdown_artifact(key="retrain-registered", markdown="\n".join(text), description="Registered model.")
-    if registered.get("url"):
-        create_link_artifact(key="retrain-mlflow", link=registered["url"], link_text="The run in MLflow")
-    return line
-
-
-def metric_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Nested metrics (part -> figure -> value) as a table of one row a part; flat ones as rows of name and value."""
-    rows = []
-    for part, figures in metrics.items():
-        if isinstance(figures, Mapping):
-            numbers = {name: round(value, 4) for name, value in figures.items() if isinstance(value, (int, float))}
-            rows.append({"part": part, **numbers})
-        elif isinstance(figures, (int, float)):
-            rows.append({"name": part, "value": round(figures, 4)})
-    return rows
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stage_task(stage)(stage, workspace, note, experiment, force=stage in anew)  # type: ignore[unused-coroutine]
+    save_experiment(workspace, experiment)
+    line = publish(workspace, experiment, changes)
+    return Completed(message=f"{line} `dvc exp apply {experiment}` takes it.")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="write a value into params.yaml first"
-    )
-    parser.add_argument("--force", action="store_true", help="run stages even if nothing has changed")
-    parser.add_argument("--from", dest="start_from", metavar="STAGE", help="first stage to look at")
-    parser.add_argument("--serve", action="store_true", help="stay and run by schedule or when asked to in the UI")
-    parser.add_argument("--cron", help="the schedule, for --serve")
+    add = parser.add_argument
+    add("-S", "--set", action="append", default=[], metavar="KEY=VALUE", help="a value in place of that in params.yaml")
+    add("--preset", help="experiment to take in place of params.yaml")
+    add("--force", nargs="*", metavar="STAGE", help="run these stages, or all, even if nothing has changed")
+    add("--from", dest="start_from", metavar="STAGE", help="first stage to look at")
+    add("--serve", action="store_true", help="stay and run by schedule or when asked to in the UI")
+    add("--cron", help="the schedule, for --serve")
     options = parser.parse_args(arguments)
     if options.cron and not options.serve:
         parser.error("--cron needs --serve; for schedules that outlive this process use prefect.yaml.")
@@ -298,21 +297,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     parameters = {
         "overrides": {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)},
-        "force": options.force,
+        "force": True if options.force == [] else options.force or False,
         "start_from": options.start_from,
+        "preset": options.preset,
     }
     try:
-        chosen = {getattr(settings, name): value for name, value in server_to_use(ROOT).items()}
-        with settings.temporary_settings(chosen):
+        asked_config(ROOT / "params.yaml", options.preset, parameters["overrides"])  # before a server is started
+        if not options.serve:
+            with only_retraining(ROOT):
+                pass
+        with using_server(ROOT):
             if options.serve:
                 serve_flow(parameters, options.cron)
-            else:
-                print(retrain(**parameters))
-    except (StageError, ConfigError, OSError, TimeoutError) as err:
+                return 0
+            state: State[Any] = retrain(**parameters, return_state=True)
+    except (ConfigError, OSError, TimeoutError) as err:
         print(without_credentials(f"retrain: {err}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    if not state.is_completed():
+        print(f"retrain: {state.message}", file=sys.stderr)
+        return 1
+    print(state.message)
     return 0
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from cigpose.files.addresses import without_credentials
 from pipelines.access import address_note, guarded_server, prefect_home
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
+from pipelines.retraining.turn import clear_if_killed
 from pipelines.tracking.address import artifact_folder, connect, tracking_address
 
 START_TIMEOUT_S = 240.0
@@ -173,9 +174,21 @@ def wait_healthy(server: Server, process: subprocess.Popen[str], timeout_s: floa
     raise ServerError(f"{server.name} on {server.address} {state}; {server.log} ends: {tail}")
 
 
-def watch(servers: list[Server], processes: list[subprocess.Popen[str]]) -> None:
-    """Return never; raise when a server ends by itself."""
+def watch(
+    servers: list[Server],
+    processes: list[subprocess.Popen[str]],
+    look: Callable[[], object] = lambda: None,
+    every_s: float = 15.0,
+) -> None:
+    """Return never; raise when a server ends by itself. `look` is called now and then; it may fail."""
+    looked = time.monotonic()
     while True:
+        if time.monotonic() - looked >= every_s:
+            try:
+                look()
+            except Exception as err:  # the pages are worth more
+                print(without_credentials(f"ui: a killed retraining could not be marked: {err}"), file=sys.stderr)
+            looked = time.monotonic()
         for server, process in zip(servers, processes, strict=True):
             if process.poll() is not None:
                 raise ServerError(f"{server.name} ended with {process.returncode}; its log is {server.log}.")
@@ -208,7 +221,7 @@ def serve_pages(root: Path) -> None:
                 if token := server.env.get("PREFECT_SERVER_API_AUTH_STRING"):
                     print(f"Prefect's page asks once for a password: {token}", flush=True)
             print("Ctrl-C stops both.", flush=True)
-            watch(servers, processes)
+            watch(servers, processes, lambda: clear_if_killed(root))
     finally:
         note.unlink(missing_ok=True)
 

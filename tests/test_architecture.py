@@ -34,7 +34,7 @@ MAY_USE = {
     "deploy": GROUND | {"deploy", "evaluate", "model"},
 }
 """Room, or module on the ground floor -> what it may import of ours; `cli` and `cigpose/__init__` may use all."""
-ROOMS_OF_PIPELINES = {"training", "tracking", "registry"}
+ROOMS_OF_PIPELINES = {"training", "tracking", "registry", "retraining"}
 LARGEST_ROOM = 0.2
 LONGEST_MODULE, LONGEST_STAGE, LONGEST_FUNCTION = 400, 150, 60
 STAGES = {"render", "download", "shard", "locate", "train", "evaluate", "register"}

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,9 @@ def claimed(lock: str | Path, what: str, *, wait: bool = False) -> Iterator[None
 def _owner(lock: Path) -> str:
     with suppress(OSError, ValueError, KeyError, TypeError):
         owner = json.loads(lock.read_text(encoding="utf-8"))
-        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        since = datetime.fromisoformat(owner["since"])
+        age = timedelta(seconds=int((datetime.now().astimezone() - since).total_seconds()))
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}, {age} ago"
     return f"it holds {lock}"
 
 

@@ -335,4 +335,6 @@ def origin_tags(package: Package) -> dict[str, str]:
     lineage = package.lineage
     tags = {f"data.{name}": facts["content"] for name, facts in lineage["datasets"].items()}
     tags |= {"git.revision": lineage["git_revision"] or "none", "dvc.lock": lineage["dvc_lock"] or "none"}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = experiment
     return tags | {"cigpose.preset": package.config.name, "keypoints": package.config.keypoint_set.name}

@@ -26,7 +26,7 @@ from cigpose.config import Config, load_preset, presets
 from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.atomic import write_json, write_text
 from cigpose.shard.index import read_index
-from pipelines.lineage import content_digest, dvc_hashes, git_revision, project_root, shards_digest
+from pipelines.lineage import content_digest, dvc_hashes, git_revision, shards_digest
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Run:
             locations: folders or addresses of shards, each with an index.json.
             context: what they are read for: `training`, `validation`.
         """
-        hashes = dvc_hashes(project_root() / "dvc.lock")
+        hashes = dvc_hashes(Path("dvc.lock"))
         described = [_describe_shards(location, context, hashes) for location in locations]
         self._update(inputs=[*(item for item in self.facts["inputs"] if item not in described), *described])
 
@@ -175,7 +175,7 @@ def run_name(config: Config) -> str:
 
 def _tags(config: Config, kind: str) -> dict[str, str]:
     tags = {"cigpose.kind": kind, "cigpose.preset": config.name, "mlflow.source.name": f"pipelines.{kind}"}
-    if revision := git_revision(project_root()):
+    if revision := git_revision():
         tags |= {"git.revision": revision, "mlflow.source.git.commit": revision.partition("+")[0]}
     return tags
 

@@ -154,7 +154,10 @@ def test_a_sequence_of_models(project: Path, trained, config: Config, client: Ml
 
 
 @pytest.mark.slow
-def test_a_registered_model_is_complete(project: Path, trained, config: Config, client: MlflowClient, capsys) -> None:
+def test_a_registered_model_is_complete(
+    project: Path, trained, config: Config, client: MlflowClient, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "retrain-20260302-030000")  # as in every stage of an experiment
     (project / "dvc.lock").write_text(
         "stages:\n  shard@rendered-val:\n    outs:\n    - path: data/shards/rendered-val\n      md5: 77.dir\n"
     )
@@ -168,6 +171,7 @@ def test_a_registered_model_is_complete(project: Path, trained, config: Config, 
     assert version.run_id == run_id
     assert version.tags["whole/AP"] == "0.610000"
     assert version.tags["keypoints"] == "coco_wholebody"
+    assert version.tags["dvc.experiment"] == "retrain-20260302-030000"
     assert {
         "data.rendered-train",
         "data.rendered-val",

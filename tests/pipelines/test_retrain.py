@@ -5,13 +5,12 @@ import functools
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,76 +18,19 @@ import psutil
 import pytest
 import requests
 import yaml
+from toy_stages import ORDER, dvc, make_toy, run, tree, wait_for
 
-from cigpose.config import Config, load_params
+from cigpose.config import Config, load_params, load_preset
 from cigpose.config.params_file import write_params
 from cigpose.config.schema import ConfigError
 from pipelines import processes, retrain, ui
-
-STAGE = """
-import json, pathlib, subprocess, sys, time
-name, out = sys.argv[1], pathlib.Path(sys.argv[2])
-if name in pathlib.Path("fail").read_text().split():
-    print("WARNING: some advice", flush=True)
-    sys.exit("annotation 7: foot_kpts has 15 numbers, expected 18.")
-print(f"{name} at work", flush=True)
-if name in pathlib.Path("slow").read_text().split():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    pathlib.Path("pids").write_text(f"{child.pid}")
-    print("waiting", flush=True)
-    time.sleep(600)
-out.parent.mkdir(parents=True, exist_ok=True)
-answers = {"evaluate": {"whole": {"AP": 0.61, "AR": 0.7}, "body": {"AP": 0.8, "AR": 0.9}},
-           "register": {"model": "toy", "version": 3, "decision_text": "toy: version 3 is the new champion.",
-                        "url": "http://127.0.0.1:5000/#/runs/1"}}
-out.write_text(json.dumps(answers.get(name, name)))
-"""
-# Not in the order of work, as nothing asks dvc.yaml to be.
-DVC = {
-    "register": {"cmd": "python stage.py register data/registered.json", "deps": ["data/metrics/evaluate.json"],
-                 "outs": ["data/registered.json"]},
-    "render": {"foreach": "${data.render}",
-               "do": {"cmd": "python stage.py render data/raw/${key}", "outs": ["data/raw/${key}"]}},
-    "download": {"foreach": "${data.download.drive_ids}",
-                 "do": {"cmd": "python stage.py download data/raw/${key}", "outs": ["data/raw/${key}"]}},
-    "train": {"cmd": "python stage.py train data/model", "deps": ["data/raw"], "params": ["train.epochs"],
-              "outs": ["data/model"]},
-    "evaluate": {"cmd": "python stage.py evaluate data/metrics/evaluate.json", "deps": ["data/model"],
-                 "outs": ["data/metrics/evaluate.json"]},
-}  # fmt: skip
-ORDER = ["render", "train", "evaluate", "register"]
+from pipelines.retraining.artifacts import metric_rows
+from pipelines.retraining.overrides import asked_config
 
 
 @pytest.fixture
-def toy(project: Path, config: Config, root: Path) -> Path:
-    """A real DVC project of trivial stages, with the deployments of this checkout."""
-    return make_toy(project, config, root)
-
-
-def make_toy(folder: Path, config: Config, root: Path) -> Path:
-    (folder / "stage.py").write_text(STAGE)
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": DVC}, sort_keys=False))
-    write_params(config, folder / "params.yaml")
-    (folder / "fail").write_text("")
-    (folder / "slow").write_text("")
-    (folder / "pipelines").symlink_to(root / "pipelines")
-    shutil.copy(root / "prefect.yaml", folder)
-    run(folder, "dvc", "init", "--no-scm", "--quiet")
-    return folder
-
-
-def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
-    full = [sys.executable, "-m", *command]
-    env = processes.environment(env)
-    return subprocess.run(full, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
-
-
-def wait_for(what: Callable[[], Any], timeout_s: float = 240.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-    return found
+def toy(project: Path, config: Config) -> Path:
+    return make_toy(project, config)
 
 
 def test_stages_come_in_the_order_of_work_and_a_foreach_is_one(toy: Path) -> None:
@@ -105,25 +47,30 @@ def test_a_dvc_file_that_cannot_be_read_is_named(toy: Path) -> None:
         retrain.stages(toy)
 
 
-@pytest.mark.parametrize(("first", "expected"), [(None, ORDER), ("render", ORDER), ("evaluate", ORDER[2:])])
+@pytest.mark.parametrize(("first", "expected"), [(None, ORDER), ("render", ORDER), ("evaluate", ORDER[3:])])
 def test_starting_from_a_stage(first: str | None, expected: list[str]) -> None:
     assert retrain.stages_from(ORDER, first) == expected
 
 
 def test_starting_from_a_stage_that_does_not_exist() -> None:
-    with pytest.raises(retrain.StageError, match=r"no stage 'trains' in dvc\.yaml\. Stages: render, train"):
+    with pytest.raises(retrain.StageError, match=r"no stage 'trains' in dvc\.yaml\. Stages: render, download"):
         retrain.stages_from(ORDER, "trains")
 
 
-def test_overrides_are_written_to_params_and_told(project: Path, config: Config) -> None:
+def test_overrides_are_checked_and_told_and_nothing_is_written(project: Path, config: Config) -> None:
     path = project / "params.yaml"
     write_params(config, path)
-    changes = retrain.apply_overrides(path, {"train.epochs": 9, "seed": 0, "data.render.rendered-val.num_images": 50})
+    before = path.read_bytes()
+    asked, changes = asked_config(path, None, {"train.epochs": 9, "seed": 0, "data.render.rendered-val.num_images": 50})
     assert changes == {"train.epochs": (4, 9), "data.render.rendered-val.num_images": (160, 50)}
-    assert load_params(path).train.epochs == 9
-    assert load_params(path).data.render["rendered-val"].num_images == 50
-    retrain.apply_overrides(path, {"data.locations": {"rendered-val": "s3://people/val"}})
-    assert load_params(path).data.locations == {"rendered-val": "s3://people/val"}
+    assert (asked.train.epochs, asked.data.render["rendered-val"].num_images) == (9, 50)
+    asked, _ = asked_config(path, None, {"data.locations": {"rendered-val": "s3://people/val"}})
+    assert asked.data.locations == {"rendered-val": "s3://people/val"}
+    asked, changes = asked_config(path, "cigpose-m_coco_256x192", {"seed": 5})
+    assert (asked.name, asked.seed, list(changes)) == (load_preset("cigpose-m_coco_256x192").name, 5, ["seed"])
+    with pytest.raises(ConfigError, match=r"preset 'quickstar' does not exist\. Known: "):
+        asked_config(path, "quickstar", {})
+    assert path.read_bytes() == before
 
 
 RENDERED = {"seed": 1, "num_images": 4, "image_size": [64, 64]}
@@ -132,11 +79,11 @@ RENDERED = {"seed": 1, "num_images": 4, "image_size": [64, 64]}
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train.epoch": 9}, "train.epoch: unknown key. Did you mean 'epochs'"),
+        ({"train.epoch": 9}, "train.epoch: unknown key. Did you mean 'train.epochs'"),
         ({"train.epochs": "many"}, "train.epochs: expected int"),
         ({"train.batch_total": 3}, "batch_total must be a multiple of"),
-        ({"trains.epochs": 9}, "'trains' is not a section"),
-        ({"seed.x": 9}, "'seed' is not a section"),
+        ({"trains.epochs": 9}, "trains.epochs: unknown key. Did you mean 'train.epochs'"),
+        ({"seed.x": 9}, "seed.x: unknown key"),
         ({"data.render.mine": RENDERED}, "overrides: data.render.mine: unknown key"),
         ({"data.render.x$(touch f)": RENDERED}, r"overrides: data\.render\.x\$\(touch f\): unknown key"),
         ({"data.locations.rendered-val": "s3://a/b"}, "overrides: data.locations.rendered-val: unknown key"),
@@ -151,7 +98,7 @@ def test_a_wrong_override_leaves_params_untouched(project: Path, config: Config,
     write_params(config, path)
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=message):
-        retrain.apply_overrides(path, overrides)
+        asked_config(path, None, overrides)
     assert path.read_bytes() == before
 
 
@@ -176,8 +123,8 @@ def test_importing_the_flow_asks_no_server(toy: Path) -> None:
 
 def test_metrics_become_rows() -> None:
     nested = {"whole": {"AP": 0.61234, "AR": 0.7}, "body": {"AP": 0.8}}
-    assert retrain.metric_rows(nested) == [{"part": "whole", "AP": 0.6123, "AR": 0.7}, {"part": "body", "AP": 0.8}]
-    assert retrain.metric_rows({"AP": 0.5}) == [{"name": "AP", "value": 0.5}]
+    assert metric_rows(nested) == [{"part": "whole", "AP": 0.6123, "AR": 0.7}, {"part": "body", "AP": 0.8}]
+    assert metric_rows({"AP": 0.5}) == [{"name": "AP", "value": 0.5}]
 
 
 STUBBORN = """
@@ -206,18 +153,40 @@ def test_interrupting_a_command_ends_its_group_even_if_it_ignores_signals(tmp_pa
 
 
 @pytest.mark.slow
-def test_make_retrain_runs_the_stages_and_keeps_prefects_state_in_the_project(toy: Path, tmp_path: Path) -> None:
+def test_while_a_training_runs_make_retrain_with_an_override_touches_neither_its_params_nor_its_lock(
+    toy: Path, tmp_path: Path
+) -> None:
+    """And Prefect's state is in the project, not at home."""
     home = tmp_path / "home"
     home.mkdir()
-    done = run(toy, "pipelines.retrain", "-S", "train.epochs=7", HOME=str(home))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip().endswith("toy: version 3 is the new champion.")
+    (toy / "control/slow").write_text("train:here")
+    with (toy / "repro.log").open("w") as log:
+        training = processes.start([sys.executable, "-m", "dvc", "repro"], cwd=toy, output=log)
+    try:
+        wait_for(lambda: (toy / "control/pids").exists())
+        before = tree(toy)
+        done = run(toy, "pipelines.retrain", "-S", "train.epochs=7", HOME=str(home))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert tree(toy) == before
+        (toy / "control/slow").write_text("")
+        assert training.wait(60) == 0, (toy / "repro.log").read_text()
+    finally:
+        processes.stop_group(training)
+    assert load_params(toy / "params.yaml").train.epochs == trained_epochs(toy) == 4
+    (name,) = dvc(toy, "exp", "list", "--name-only").split()
+    assert done.stdout.strip() == f"toy: version 3 is the new champion. `dvc exp apply {name}` takes it."
+    dvc(toy, "exp", "apply", name)
+    assert load_params(toy / "params.yaml").train.epochs == trained_epochs(toy) == 7
+    assert json.loads((toy / "data/registered.json").read_text())["experiment"] == name
     at_work = [line for line in done.stderr.splitlines() if line.endswith("at work")]
-    assert [line.partition("Task run '")[2].split("'")[0] for line in at_work] == ["render", *ORDER]
-    assert "train.epochs was 4, is 7 now" in done.stderr
-    assert load_params(toy / "params.yaml").train.epochs == 7
-    assert (toy / ".prefect/prefect.db").is_file()
-    assert not (home / ".prefect").exists()
+    assert [line.partition("Task run '")[2].split("'")[0] for line in at_work] == ["train", "evaluate", "register"]
+    assert "train.epochs was 4, is 7 in this run" in done.stderr
+    assert (toy / ".prefect/prefect.db").is_file() and not (home / ".prefect").exists()
+
+
+def trained_epochs(folder: Path) -> int:
+    stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    return stages["train"]["params"]["params.yaml"]["train.epochs"]
 
 
 class Prefect:
@@ -263,6 +232,11 @@ class Prefect:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
         return wait_for(lambda: (state := self.state(run_id))["type"] in ended and state)
 
+    def by_hand(self) -> list[dict[str, Any]]:
+        """Flow runs of no deployment, the newest first."""
+        filters = {"flow_runs": {"deployment_id": {"is_null_": True}}, "sort": "START_TIME_DESC"}
+        return self.ask("flow_runs/filter", filters)
+
     def lines(self, run_id: str) -> list[str]:
         found = self.ask("logs/filter", {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200})
         return [entry["message"] for entry in found]
@@ -295,12 +269,14 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     assert scheduled[0]["auto_scheduled"]
     assert scheduled[0]["state"]["name"] == "Scheduled"
 
+    before = tree(toy)
     first = prefect.start_run(overrides={"train.epochs": 6})
     assert prefect.wait_end(first)["type"] == "COMPLETED", prefect.lines(first)
+    assert prefect.ask(f"flow_runs/{first}")["name"].endswith(": train.epochs=6")
     tasks = prefect.ask("task_runs/filter", {"flow_runs": {"id": {"any_": [first]}}, "sort": "EXPECTED_START_TIME_ASC"})
     assert [task["name"] for task in tasks] == ORDER
     lines = wait_for(lambda: (found := prefect.lines(first)) and "register at work" in found and found)
-    assert "params.yaml: train.epochs was 4, is 6 now." in lines
+    assert "params.yaml: train.epochs was 4, is 6 in this run." in lines
     found = prefect.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [first]}}})
     artifacts = {item["key"]: item for item in found}
     table = json.loads(artifacts["retrain-metrics"]["data"])
@@ -310,34 +286,66 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     if os.environ.get("CIGPOSE_KEEP_SCREENSHOTS"):
         _keep_pictures(prefect, first)
 
-    (toy / ".prefect/api_url").write_text(prefect.env["PREFECT_API_URL"])  # as `make ui` does
-    joined = run(toy, "pipelines.retrain", "--from", "register")
-    assert joined.returncode == 0, joined.stderr
-    by_hand = prefect.ask("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": True}}})
-    assert [entry["state"]["type"] for entry in by_hand] == ["COMPLETED"]
-    assert wait_for(lambda: any("register" in line for line in prefect.lines(by_hand[0]["id"])))
+    (toy / "control/fail").write_text("register")
+    failed = prefect.wait_end(second := prefect.start_run(force=["register"], start_from="register"))
+    assert (failed["type"], failed["message"]) == (
+        "FAILED",
+        "register: annotation 7: foot_kpts has 15 numbers, expected 18." + 60 * " Look at the file.",
+    ), prefect.lines(second)
+    (toy / "control/fail").write_text("")
 
-    (toy / "fail").write_text("evaluate")
-    failed = prefect.wait_end(second := prefect.start_run(force=True, start_from="evaluate"))
-    assert failed["type"] == "FAILED", prefect.lines(second)
-    assert "StageError: evaluate: annotation 7: foot_kpts has 15 numbers, expected 18." in failed["message"]
-    (toy / "fail").write_text("")
-
-    (toy / "slow").write_text("train")
+    (toy / "control/slow").write_text("train")
     third = prefect.start_run(overrides={"train.epochs": 7})
-    wait_for(lambda: (toy / "pids").exists() and (toy / "pids").read_text())
+    group = waiting_group(toy)
     refused = prefect.wait_end(prefect.start_run())
-    assert refused["type"] == "CANCELLED"  # DVC would refuse it, after hours perhaps
-    grandchild = psutil.Process(int((toy / "pids").read_text()))
-    group = os.getpgid(grandchild.pid)
-    assert len(processes.group_members(group)) >= 3
+    assert refused["type"] == "CANCELLED"  # after hours perhaps
+    started = time.monotonic()
+    busy = run(toy, "pipelines.retrain", "-S", "train.epochs=8")
+    assert busy.returncode == 1 and time.monotonic() - started < 30
+    assert (
+        "retrain: A retraining of this project is running already (process " in busy.stderr and " ago)" in busy.stderr
+    )
+    assert len(busy.stderr.splitlines()) == 1
     prefect.command("flow-run", "cancel", third)
     assert prefect.wait_end(third)["type"] == "CANCELLED"
     wait_for(lambda: processes.group_members(group) == [], timeout_s=10)
-    (toy / "slow").write_text("")
+    check_that_a_killed_run_is_marked_by_the_next(toy, prefect)
+    assert tree(toy) == before
+    assert len(dvc(toy, "exp", "list", "--name-only").split()) == 1  # of the run that came to its end
 
-    done = run(toy, "dvc", "repro")  # the workspace is neither locked nor half made
+
+def check_that_a_killed_run_is_marked_by_the_next(toy: Path, prefect: Prefect) -> None:
+    (toy / ".prefect/api_url").write_text(prefect.env["PREFECT_API_URL"])  # as `make ui` does
+    command = [sys.executable, "-m", "pipelines.retrain", "-S", "train.epochs=6", "--force", "train"]
+    with (toy / "killed.log").open("w") as log:
+        flow = processes.start(command, cwd=toy, output=log)
+    group = waiting_group(toy)
+    wait_for(lambda: "train at work anew" in (toy / "killed.log").read_text())
+    flow.kill()
+    flow.wait()
+    (killed,) = prefect.by_hand()
+    assert killed["state"]["type"] == "RUNNING" and killed["name"].endswith(": train.epochs=6, train anew")
+    assert processes.group_members(group)
+
+    done = run(toy, "pipelines.retrain", "-S", "train.epochs=6")
     assert done.returncode == 0, done.stderr
+    state = prefect.state(killed["id"])
+    assert (state["type"], state["name"]) == ("CRASHED", "Killed") and "Its process is gone" in state["message"]
+    assert f"Flow run {killed['id']} was killed; it is marked now." in done.stderr
+    assert not processes.group_members(group)
+    next_run = prefect.by_hand()[0]
+    assert (next_run["state"]["type"], next_run["state"]["name"]) == ("COMPLETED", "Up to date")
+    assert not prefect.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [next_run["id"]]}}})
+
+
+def waiting_group(toy: Path) -> int:
+    """Process group of the stage that has begun to wait."""
+    pids = toy / "control/pids"
+    wait_for(lambda: pids.exists() and pids.read_text())
+    group = os.getpgid(psutil.Process(int(pids.read_text())).pid)
+    assert len(processes.group_members(group)) >= 3
+    pids.unlink()
+    return group
 
 
 def _keep_pictures(prefect: Prefect, run_id: str) -> None:

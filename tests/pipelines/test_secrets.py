@@ -16,7 +16,8 @@ from cigpose.config.schema import ADDRESS, field_marks, to_mapping
 from cigpose.deploy.onnx import export_onnx
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import read_config, save_weights
-from pipelines import register, retrain, ui
+from pipelines import register, ui
+from pipelines.retraining.overrides import asked_config
 from pipelines.tracking.courier import tracked
 
 SECRET = "S3CRET"
@@ -88,9 +89,8 @@ def test_private_values_are_not_written_into_dvc_lock(root: Path) -> None:
 def test_changed_params_are_shown_without_secrets(project: Path, config: Config) -> None:
     write_params(config, project / "params.yaml")
     mirror, uri = f"http://u:{SECRET}@h", f"http://u:{SECRET}@h:5000"
-    changes = retrain.apply_overrides(
-        project / "params.yaml", {"data.download.mirror": mirror, "registry.tracking_uri": uri, "seed": 3}
-    )
+    overrides = {"data.download.mirror": mirror, "registry.tracking_uri": uri, "seed": 3}
+    _, changes = asked_config(project / "params.yaml", None, overrides)
     assert changes == {
         "data.download.mirror": (None, None),
         "registry.tracking_uri": (None, "http://h:5000"),

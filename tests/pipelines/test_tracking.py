@@ -257,12 +257,17 @@ def test_what_mlflow_refuses_is_said_once_and_the_rest_arrives(
     assert caplog.text.count("MLflow refused train/loss, train/a%b of ") == 1
 
 
-def test_shards_are_logged_with_digest_and_dvc_hash(project: Path, folder: Path, config: Config, address: str) -> None:
-    shards = project / "data/shards/coco-val"
+@pytest.mark.parametrize("copy", [".", ".dvc/tmp/exps/retrain"], ids=["the project", "a copy of it"])
+def test_shards_are_logged_with_digest_and_the_hash_that_dvc_knows_where_the_stage_runs(
+    project: Path, folder: Path, config: Config, address: str, copy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "dvc.lock").write_text("stages: {s: {outs: [{path: data/shards/coco-val, md5: 9f9f9f.dir}]}}")
+    shards = project / copy / "data/shards/coco-val"
     shards.mkdir(parents=True)
     (shards / "index.json").write_text(json.dumps(shard_index("coco-val", 3)))
     lock = "schema: '2.0'\nstages:\n  s:\n    outs:\n    - path: data/shards/coco-val\n      md5: 123abc.dir\n"
-    (project / "dvc.lock").write_text(lock)
+    (project / copy / "dvc.lock").write_text(lock)
+    monkeypatch.chdir(project / copy)
     for _ in range(2):  # a resumed run tells them again
         with tracked(config, folder) as run:
             run.note_inputs([shards], context="validation")

@@ -162,6 +162,18 @@ def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
     assert trained == [folder] and not folder.exists()
 
 
+def test_the_flow_can_ask_for_a_restart_where_dvc_hands_no_arguments_on(
+    stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.params(seed=6)
+    folder = finish_run()
+    outcome_of(capsys)
+    assert not trained, "finished before: its results are taken"
+    monkeypatch.setenv("CIGPOSE_RESTART", "1")
+    outcome_of(capsys)
+    assert trained == [folder] and not folder.exists()
+
+
 @pytest.mark.parametrize("protocol", ["evaluate", "train.validation"])
 def test_a_figure_of_crowds_is_refused_where_the_labels_tell_no_crowds(
     stage: Stage, trained: list[Path], tmp_path: Path, protocol: str

@@ -59,6 +59,23 @@ def test_a_server_that_ends_by_itself_is_noticed(tmp_path: Path) -> None:
             ui.watch([server], started)
 
 
+def test_while_the_pages_are_up_a_killed_retraining_is_looked_for_and_a_failed_look_harms_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, looks = fake_server(tmp_path), []
+
+    def look() -> None:
+        looks.append(time.monotonic())
+        if len(looks) == 2:
+            os.kill(started[0].pid, signal.SIGKILL)
+        raise RuntimeError("Failed to reach API")
+
+    with ui.running(server, root=tmp_path) as started, pytest.raises(ui.ServerError, match="Fake ended with -9"):
+        ui.watch([server], started, look, every_s=0.1)
+    assert len(looks) >= 2
+    assert "ui: a killed retraining could not be marked: Failed to reach API" in capsys.readouterr().err
+
+
 def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
