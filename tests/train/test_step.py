@@ -8,7 +8,8 @@ from torch import nn
 
 from cigpose.model.estimator import build_model
 from cigpose.train.build import state_around
-from cigpose.train.step import Losses, NonFiniteLossError, refuse_diverged, resolved_precision, train_step
+from cigpose.train.divergence import NonFiniteLossError, refuse_diverged
+from cigpose.train.step import Losses, resolved_precision, train_step
 
 compile_module = nn.Module.compile
 CPU = torch.device("cpu")
@@ -146,7 +147,9 @@ def test_auto_precision_is_bf16_only_where_the_processor_has_it(tiny_config: Any
 
 def test_a_compiled_training_takes_the_same_step(tiny_config: Any, batch: Any, monkeypatch: Any) -> None:
     # captured and differentiated by the compiler, but not turned into machine code, which takes minutes
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **options: compile_module(module, backend="aot_eager", **options)
+    )
     losses = []
     for compiled in (False, True):
         state = plain_state(tiny_config, train__compile=compiled)
