@@ -9,6 +9,7 @@ from torch import nn
 from cigpose.model.estimator import build_model
 from cigpose.train.build import state_around
 from cigpose.train.divergence import NonFiniteLossError, refuse_diverged
+from cigpose.train.meter import Meter
 from cigpose.train.step import Losses, resolved_precision, train_step
 
 compile_module = nn.Module.compile
@@ -121,6 +122,31 @@ def test_ema_follows_every_step(tiny_config: Any, batch: Any) -> None:
     torch.testing.assert_close(state.evaluated.state_dict(), state.model.state_dict(), rtol=0, atol=0)
     train_step(state, [batch(4)], rate=0.01, clip_grad_norm=None)
     assert not torch.equal(state.evaluated.linear.weight, state.model.linear.weight)
+
+
+def test_a_step_that_the_loss_scaler_skips_enters_neither_ema_nor_means(tiny_config: Any, batch: Any) -> None:
+    state, meter = plain_state(tiny_config, train__precision="fp16"), Meter(CPU)
+    before = weights(state)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # no gradient survives it
+    meter.add(train_step(state, [batch(4)], rate=0.01, clip_grad_norm=35.0), 4)
+    assert meter.is_empty
+    assert state.ema.updates == 0
+    torch.testing.assert_close(weights(state), before, rtol=0, atol=0)
+    assert state.scaler.get_scale() < 1e38
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    metrics = train_step(state, [batch(4)], rate=0.01, clip_grad_norm=35.0)
+    meter.add(metrics, 4)
+    assert meter.read(1)["grad_norm"] == pytest.approx(metrics["grad_norm"].item())
+    assert state.ema.updates == 1
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_optimiser_moves(tiny_config: Any, batch: Any) -> None:
+    state = plain_state(tiny_config)
+    before = weights(state)
+    state.model.linear.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient is not finite on the batch of random/0-0#1.*not moved"):
+        train_step(state, [batch(2)], rate=0.01, clip_grad_norm=35.0)
+    torch.testing.assert_close(weights(state), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
