@@ -7,10 +7,10 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install constraints quickstart check test lint format retrain ui bench clean
+.PHONY: help install constraints quickstart check test lint format retrain ui bench gpu-check clean
 
 help:                ## what can be made
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: $(VENV)/.installed   ## the virtual environment, with everything in it
 
@@ -50,6 +50,9 @@ ui: install          ## Prefect server and MLflow UI on loopback
 
 bench: install       ## benchmarks: ratios against a reference in the same run
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; python $$file || exit 1; done
+
+gpu-check:           ## on a machine with a GPU: tests and timings of the training step, into docs/performance.md
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py
 
 clean:               ## outputs and work states, not the downloads
 	@rm -rf data/shards data/model data/report .runs

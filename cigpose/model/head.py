@@ -60,6 +60,19 @@ class SimCCHead(nn.Module):
         )
         return (x, y), weight
 
+    @staticmethod
+    def apply_classifiers(x: Tensor, of_x: nn.Linear, of_y: nn.Linear) -> Logits:
+        """Logits of both axes, (B, K, C) -> (B, K, W), (B, K, H); in float32 under autocast too.
+
+        The loss multiplies them by its temperature, 10: a step of bfloat16 between them would be one of ten.
+        """
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return of_x(x), of_y(x)
+        with torch.autocast(device, enabled=False):
+            x = losses.at_least_float32(x)
+            return of_x(x), of_y(x)
+
     def accuracy(self, logits: Logits, labels: Logits, weight: Tensor) -> Tensor:
         """Scalar PCK; see `losses.keypoint_accuracy`."""
         return losses.keypoint_accuracy(logits, labels, weight, self.input_size, self.simcc.split_ratio)
@@ -76,7 +89,7 @@ class RTMPoseHead(SimCCHead):
         """(B, channels, h, w) -> logits (B, K, W) and (B, K, H)."""
         maps = self.final_layer(features).flatten(2)  # (B, K, F)
         x = self.gau(self.mlp(maps))  # (B, K, C)
-        return self.cls_x(x), self.cls_y(x)
+        return self.apply_classifiers(x, self.cls_x, self.cls_y)
 
     def loss(self, features: Tensor, keypoints: Tensor, visible: Tensor) -> dict[str, Tensor]:
         """Losses of a training batch; see `estimator.PoseEstimator.loss`."""
@@ -139,8 +152,7 @@ class CIGPoseHead(SimCCHead):
 
     def classify(self, x: Tensor) -> Logits:
         """Graph network and classifiers: (B, K, C) -> (B, K, W), (B, K, H)."""
-        x = self.gcn(x)
-        return self.cls_gx(x), self.cls_gy(x)
+        return self.apply_classifiers(self.gcn(x), self.cls_gx, self.cls_gy)
 
     def forward(self, features: Tensor) -> Logits:
         """(B, channels, h, w) -> logits (B, K, W) and (B, K, H)."""

@@ -2,7 +2,8 @@
 
 Messages along the skeleton, gated by an attention whose messages run between semantic groups. No loop over edges,
 groups or keypoints: the map W [x_i, x_j - x_i] of an edge is (Wa - Wb) x_i + Wb x_j, made once per node and gathered
-per edge; groups are one matrix.
+per edge; groups are one matrix. On a GPU, where adding at an index is done in any order, edges are matrices too, so
+that the same numbers give the same bits.
 
 B samples, N nodes (K keypoints or G groups), C channels, E directed edges.
 """
@@ -36,18 +37,32 @@ def group_membership(groups: Iterable[tuple[int, ...]], num_keypoints: int) -> T
     return torch.stack(columns, dim=1)
 
 
+def incidence(ends: Tensor, num_nodes: int) -> Tensor:
+    """Which edge ends where: (E,) node of each edge -> (E, N) float32 of 0 and 1."""
+    return F.one_hot(ends, num_nodes).float()
+
+
+def sums_in_any_order(x: Tensor) -> bool:
+    """Whether adding at an index depends on the order in which threads come, on the device of `x`."""
+    return x.is_cuda
+
+
 class EdgeConv(nn.Module):
     """Sum of the messages SiLU(BN(W [x_i, x_j - x_i])) of all neighbours j of node i."""
 
     receiver: Tensor
     sender: Tensor
+    receiver_matrix: Tensor
+    sender_matrix: Tensor
 
-    def __init__(self, channels: int, edges: Tensor) -> None:
+    def __init__(self, channels: int, num_nodes: int, edges: Tensor) -> None:
         super().__init__()
         # Upstream's layers, for the names in the state dict; the convolution's weight is used by hand.
         self.conv = nn.Sequential(nn.Conv2d(2 * channels, channels, 1, bias=False), nn.BatchNorm1d(channels))
         self.register_buffer("receiver", edges[0].clone(), persistent=False)  # (E,)
         self.register_buffer("sender", edges[1].clone(), persistent=False)  # (E,)
+        self.register_buffer("receiver_matrix", incidence(edges[0], num_nodes), persistent=False)  # (E, N)
+        self.register_buffer("sender_matrix", incidence(edges[1], num_nodes), persistent=False)  # (E, N)
         self.has_edges = edges.shape[1] > 0
         if not self.has_edges:  # e.g. the only group of a small keypoint set: nothing to learn, no statistics
             self.requires_grad_(False)
@@ -60,6 +75,10 @@ class EdgeConv(nn.Module):
         own, difference = weight.chunk(2, dim=1)  # (C, C) each
         at_receiver = F.linear(x, own - difference)  # (B, N, C)
         at_sender = F.linear(x, difference)  # (B, N, C)
+        if sums_in_any_order(x):
+            to_receiver, to_sender = self.receiver_matrix.to(at_sender.dtype), self.sender_matrix.to(at_sender.dtype)
+            edges = to_receiver @ at_receiver + to_sender @ at_sender  # (B, E, C)
+            return to_receiver.T @ F.silu(normalize_rows(self.conv[1], edges))  # (B, N, C)
         edges = at_receiver.index_select(1, self.receiver) + at_sender.index_select(1, self.sender)  # (B, E, C)
         messages = F.silu(normalize_rows(self.conv[1], edges))
         return torch.zeros_like(at_receiver).index_add(1, self.receiver, messages)  # (B, N, C)
@@ -78,7 +97,7 @@ class GroupAttention(nn.Module):
         reduced = channels // 4
         self.conv_down_linear = nn.Linear(channels, reduced)
         self.bn_down = nn.BatchNorm1d(reduced)
-        self.edge_conv_groups = EdgeConv(reduced, directed_edges(complete))
+        self.edge_conv_groups = EdgeConv(reduced, num_groups, directed_edges(complete))
         self.aggregate_linear = nn.Linear(reduced, channels)
         self.register_buffer("mean_matrix", (membership / membership.sum(0)).T.contiguous(), persistent=False)  # (G, K)
         share = membership / membership.sum(1, keepdim=True).clamp(min=1)
@@ -101,7 +120,7 @@ class HGNN(nn.Module):
         membership = group_membership(keypoints.groups, len(keypoints))
         self.conv_input = nn.Linear(channels, channels)
         self.bn_input = nn.BatchNorm1d(channels)
-        self.edgeconv_layers = nn.ModuleList(EdgeConv(channels, edges) for _ in range(num_layers))
+        self.edgeconv_layers = nn.ModuleList(EdgeConv(channels, len(keypoints), edges) for _ in range(num_layers))
         self.attention_modules = nn.ModuleList(GroupAttention(channels, membership) for _ in range(num_layers))
         self.bn_layers = nn.ModuleList(nn.BatchNorm1d(channels) for _ in range(num_layers))
 

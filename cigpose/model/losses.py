@@ -18,13 +18,14 @@ Logits = tuple[Tensor, Tensor]
 PCK_THRESHOLD = 0.05
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` as float32, unless it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _axis_divergence(logits: Tensor, label: Tensor, beta: float) -> Tensor:
     """KL divergence from softmax(beta * label) to softmax(beta * logits), mean over bins, (B, K)."""
-    prediction = F.log_softmax(_at_least_float32(logits) * beta, dim=-1)
+    prediction = F.log_softmax(at_least_float32(logits) * beta, dim=-1)
     target = F.log_softmax(label.to(prediction.dtype) * beta, dim=-1)
     return (target.exp() * (target - prediction)).mean(-1)
 
@@ -59,8 +60,8 @@ def counterfactual_loss(observed: Logits, intervened: Logits, compared: Tensor) 
     """
     total = torch.zeros_like(compared, dtype=torch.float32)
     for before, after in zip(observed, intervened, strict=True):
-        fixed = F.log_softmax(_at_least_float32(before.detach()), dim=-1)
-        moved = F.log_softmax(_at_least_float32(after), dim=-1)
+        fixed = F.log_softmax(at_least_float32(before.detach()), dim=-1)
+        moved = F.log_softmax(at_least_float32(after), dim=-1)
         total = total + (fixed.exp() * (fixed - moved)).sum(-1)  # (B, K)
     return (total * compared).sum() / compared.sum().clamp(min=1)
 
@@ -84,7 +85,8 @@ def keypoint_accuracy(
     expected, _ = codec.decode(labels[0], labels[1], split_ratio)
     # Upstream divides the x error by the height and the y error by the width; kept, so that the figures compare.
     width, height = input_size
-    error = (predicted - expected) / predicted.new_tensor((height, width))
+    error_x, error_y = (predicted - expected).unbind(-1)
+    error = torch.stack((error_x / height, error_y / width), -1)
     counted = weight > 0  # (B, K)
     correct = (torch.linalg.vector_norm(error, dim=-1) < PCK_THRESHOLD) & counted
     samples = counted.sum(0)

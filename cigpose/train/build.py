@@ -12,6 +12,7 @@ from torch import nn
 from cigpose.config import Config
 from cigpose.files.addresses import file_name_of, is_remote
 from cigpose.model.estimator import build_model
+from cigpose.model.hgnn import EdgeConv
 from cigpose.model.weights import load_backbone
 from cigpose.train import workers
 from cigpose.train.batch_norm import synchronize_batch_norm
@@ -47,13 +48,13 @@ def state_around(model: nn.Module, config: Config, device: torch.device) -> Trai
     """The state of a training that starts from `model`, which is on `device`."""
     train = config.train
     if train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(model)
     ema = EMA(model, train.ema) if train.ema.enabled else None
     if workers.world_size() > 1 and is_synchronized(config, device):
         model.backbone = synchronize_batch_norm(model.get_submodule("backbone"))
     losses: nn.Module = Losses(model, config)
     if train.compile:
-        losses.compile()
+        losses.compile(fullgraph=True, dynamic=False)
     if workers.world_size() > 1:
         losses = nn.parallel.DistributedDataParallel(losses, broadcast_buffers=False, gradient_as_bucket_view=True)
     return TrainState(
@@ -63,6 +64,19 @@ def state_around(model: nn.Module, config: Config, device: torch.device) -> Trai
         scaler=torch.amp.GradScaler(device.type, enabled=resolved_precision(config, device) == "fp16"),
         ema=ema,
     )
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Lay out the weights of convolutions as their outputs are.
+
+    Not those of the graph, which are used as matrices: their gradients come as matrices, and data-parallel training
+    would copy each of them into another layout, in every step.
+    """
+    if isinstance(module, nn.Conv2d):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not isinstance(module, EdgeConv):
+        for child in module.children():
+            to_channels_last(child)
 
 
 def is_synchronized(config: Config, device: torch.device) -> bool:

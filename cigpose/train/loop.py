@@ -26,10 +26,11 @@ from cigpose.model.weights import save_weights
 from cigpose.train import workers
 from cigpose.train.build import build_state
 from cigpose.train.checkpoints import CheckpointStore
+from cigpose.train.divergence import refuse_diverged
 from cigpose.train.meter import Meter
 from cigpose.train.optim import learning_rates
 from cigpose.train.state import TrainState, random_state, refuse_changed_params, set_random_state
-from cigpose.train.step import Batch, refuse_diverged, to_device, train_step
+from cigpose.train.step import Batch, Copier, train_step
 
 Record = dict[str, Any]
 
@@ -143,8 +144,8 @@ class _Training:
         )
 
     def _run_epoch(self) -> None:
-        state, train, device = self.state, self.config.train, self.place.device
-        meter = Meter(device)
+        state, train = self.state, self.config.train
+        meter = Meter(self.place.device)
         loader = self._loader(
             state.epoch, first_batch(state.step_in_epoch, self.steps_per_epoch, train.accumulate_steps)
         )
@@ -163,16 +164,19 @@ class _Training:
 
     def _steps(self, loader: Any, meter: Meter) -> Iterator[list[Batch]]:
         """The micro-batches of each optimiser step, on the device."""
-        batches = iter(loader)
+        batches, copier = iter(loader), Copier(self.place.device)
         while True:
             with meter.waiting():
                 group = list(itertools.islice(batches, self.config.train.accumulate_steps))
             if not group:
                 return
-            yield [to_device(batch, self.place.device) for batch in group]
+            yield [copier(batch) for batch in group]
 
     def _log(self, meter: Meter, rate: float) -> None:
         state = self.state
+        state.settle()
+        if meter.is_empty:  # fp16 has skipped every step since; all workers agree
+            return
         record = {"kind": "log", "epoch": state.epoch, "step": state.step, "lr": float(rate)}
         record |= meter.read(len(self.rates) - self._position)
         state.history.append(record)
@@ -224,6 +228,7 @@ class _Training:
         state = self.state
         if self.last_checkpoint == self._mark:
             return
+        state.settle()
         generators = workers.gather(random_state())
         if generators is not None:
             tensors, values = state.state_dict()

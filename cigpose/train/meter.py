@@ -29,6 +29,7 @@ class Meter:
     def _reset(self) -> None:
         self._totals: dict[str, Tensor] = {}
         self._steps = 0
+        self._skipped = 0
         self._persons = 0
         self._waited_s = 0.0
         self._began = time.perf_counter()
@@ -40,11 +41,17 @@ class Meter:
         yield
         self._waited_s += time.perf_counter() - began
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take a mean of."""
+        return self._steps == 0
+
     def add(self, metrics: Mapping[str, Tensor], persons: int) -> None:
-        """Count one step of `persons` persons on this worker."""
+        """Count one step of `persons` persons on this worker; no metrics: it was skipped and enters no mean."""
         for key, value in metrics.items():
             self._totals[key] = self._totals[key] + value if key in self._totals else value
-        self._steps += 1
+        self._steps += bool(metrics)
+        self._skipped += not metrics
         self._persons += persons
         self.is_fresh = False
 
@@ -61,7 +68,7 @@ class Meter:
         elapsed = time.perf_counter() - self._began
         record["images_per_s"] = self._persons * workers.world_size() / elapsed
         record["data_wait"] = self._waited_s / elapsed
-        record["eta_s"] = elapsed / self._steps * remaining_steps
+        record["eta_s"] = elapsed / (self._steps + self._skipped) * remaining_steps
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         record["memory_mb"] = peak / (1e6 if sys.platform == "darwin" else 1024)
         if self.device.type == "cuda":

@@ -19,6 +19,7 @@ from cigpose.config import Config
 from cigpose.config.schema import field_marks, nearest_mark
 from cigpose.model.weights import refuse_non_finite
 from cigpose.train.checkpoints import CheckpointError
+from cigpose.train.divergence import FiniteCheck
 from cigpose.train.optim import EMA
 
 
@@ -36,6 +37,7 @@ class TrainState:
         best: {"metric", "value", "epoch", "step", "metrics"} of the best validation so far.
         weights: file of the best weights in the checkpoint store.
         history: everything logged and validated so far, oldest first.
+        unread: the check of the last step, on a GPU, where it is read a step later.
     """
 
     model: nn.Module
@@ -49,6 +51,17 @@ class TrainState:
     best: dict[str, Any] | None = None
     weights: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    unread: FiniteCheck | None = None
+
+    def settle(self) -> None:
+        """Wait for the check of the last step, before anything is kept of it.
+
+        Raises:
+            NonFiniteLossError: the loss or the gradient was NaN or infinite.
+        """
+        unread, self.unread = self.unread, None
+        if unread is not None:
+            unread.raise_unless_finite()
 
     @property
     def evaluated(self) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cigpose.config import Config
 from cigpose.model.estimator import Normalize
+from cigpose.train.divergence import FiniteCheck
 from cigpose.train.optim import set_learning_rate
 from cigpose.train.state import TrainState
 
@@ -33,10 +34,6 @@ def resolved_precision(config: Config, device: torch.device) -> str:
     # emulated bf16 is ten times slower than fp32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if has_bf16 else "fp32"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; nothing was updated by it."""
 
 
 class Losses(nn.Module):
@@ -89,74 +86,56 @@ def train_step(
         clip_grad_norm: largest norm of the gradient, None for no limit.
 
     Returns: detached scalars on the device: losses of `Losses.forward` averaged over the micro-batches, and `grad_norm`
-    before clipping.
+    before clipping. Empty if the loss scaler of fp16 has skipped the step.
 
     Raises:
-        NonFiniteLossError: the loss is NaN or infinite. Neither optimiser nor EMA has moved.
+        NonFiniteLossError: the loss or the gradient is NaN or infinite; the optimiser has not moved. On a GPU the step
+            after says so, or `TrainState.settle`, so that nobody waits.
     """
     set_learning_rate(state.optimizer, rate)
     state.optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    checks = []
+    found = []
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
         with contextlib.nullcontext() if is_last else _without_averaging(state.losses):
             losses = state.losses(batch["crops"], batch["keypoints"], batch["visible"])
-            checks.append(FiniteCheck(losses["loss"]))
             state.scaler.scale(losses["loss"] / len(batches)).backward()
+        found.append(losses["loss"].detach())
         for key, value in losses.items():
             totals[key] = totals.get(key, 0) + value.detach() / len(batches)
-    for check, batch in zip(checks, batches, strict=True):
-        check.raise_unless_finite(batch)
     state.scaler.unscale_(state.optimizer)
     parameters = list(state.model.parameters())
     totals["grad_norm"] = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    check = FiniteCheck(found, totals["grad_norm"], [batch["keys"] for batch in batches])
     if clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, totals["grad_norm"])
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    if state.ema is not None:
+    has_moved = _move(state, check)
+    if has_moved and state.ema is not None:
         state.ema.update(state.model)
-    return totals
+    return totals if has_moved else {}
 
 
-class FiniteCheck:
-    """Whether a loss is finite, asked while the device computes on.
+def _move(state: TrainState, check: FiniteCheck) -> bool:
+    """Move the optimiser if `check` finds numbers; whether it has moved.
 
-    On a GPU the answer is copied out behind the forward pass, and waited for after the backward pass has been queued:
-    the device never idles for it.
+    On a GPU the optimiser itself looks, and what it saw is read a step later. With a loss scaler the host must know
+    whether the step was skipped, and waits.
     """
-
-    def __init__(self, loss: Tensor) -> None:
-        self.loss = loss.detach()
-        self._ready: torch.cuda.Event | None = None
-        self._is_finite = torch.isfinite(self.loss)
-        if loss.is_cuda:
-            on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._is_finite = on_host.copy_(self._is_finite, non_blocking=True)
-            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record()
-
-    def raise_unless_finite(self, batch: Batch) -> None:
-        """Raise NonFiniteLossError, naming the samples of `batch`."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        if not bool(self._is_finite):
-            raise NonFiniteLossError(
-                f"the loss is {float(self.loss)} on the batch of {', '.join(batch['keys'])}; the optimiser was not "
-                "moved. Look at these samples, or lower train.optimizer.learning_rate; fp16 overflows sooner than bf16."
-            )
-
-
-@torch.no_grad()
-def refuse_diverged(model: nn.Module) -> None:
-    """Raise NonFiniteLossError if a weight is NaN or infinite, so that no checkpoint keeps it."""
-    if not bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()):
-        raise NonFiniteLossError(
-            "a gradient was NaN or infinite, so that the weights are no longer numbers; no checkpoint was written. "
-            "Lower train.optimizer.learning_rate or set train.optimizer.clip_grad_norm; the run goes on from the last "
-            "checkpoint."
-        )
+    if state.scaler.is_enabled():
+        has_moved = check.is_finite()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        return has_moved
+    if not check.has_failed.is_cuda:
+        check.raise_unless_finite()
+        state.optimizer.step()
+        return True
+    state.optimizer.found_inf = check.has_failed.float()  # type: ignore[attr-defined]  # as GradScaler tells it
+    state.optimizer.step()
+    state.settle()
+    state.unread = check
+    return True
 
 
 def _without_averaging(losses: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -164,6 +143,32 @@ def _without_averaging(losses: nn.Module) -> contextlib.AbstractContextManager[N
     if isinstance(losses, nn.parallel.DistributedDataParallel):
         return losses.no_sync()
     return contextlib.nullcontext()
+
+
+class Copier:
+    """Brings batches to a device; to a GPU on a stream of its own, while the step before is computed.
+
+    Their memory must be pinned, as the loader's is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The batch with its tensors on the device, ready for the stream that computes."""
+        if self._stream is None:
+            return to_device(batch, self.device)
+        with torch.cuda.stream(self._stream):
+            copied = to_device(batch, self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for value in copied.values():
+            if isinstance(value, Tensor):
+                value.record_stream(computing)  # or its memory is given to the next batch too soon
+        return copied
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:

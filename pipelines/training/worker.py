@@ -18,9 +18,9 @@ from cigpose.config import config_from_mapping
 from cigpose.evaluate.predictions import Predictions
 from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
+from cigpose.train.divergence import NonFiniteLossError
 from cigpose.train.loop import Place, train
 from cigpose.train.state import TrainState
-from cigpose.train.step import NonFiniteLossError
 
 CROPS_SHOWN = 16
 

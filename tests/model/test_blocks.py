@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cigpose.config import CausalConfig
 from cigpose.keypoints import COCO_WHOLEBODY, CROWDPOSE, KeypointSet
-from cigpose.model import losses
+from cigpose.model import hgnn, losses
 from cigpose.model.causal import CausalIntervention, confounding_score
 from cigpose.model.estimator import forward_flip_test, normalize
 from cigpose.model.gau import GatedAttentionUnit, ScaleNorm
@@ -79,7 +79,7 @@ def message_sum_by_definition(layer, x, edges):
 def test_edge_convolution_is_the_sum_over_edges_of_its_definition(edges, batch):
     torch.manual_seed(0)
     index = directed_edges(edges)
-    layer = EdgeConv(4, index).double().train()
+    layer = EdgeConv(4, 6, index).double().train()
     torch.nn.init.normal_(layer.conv[1].weight)
     x = torch.randn(batch, 6, 4, dtype=torch.float64, requires_grad=True)
     own, expected = layer(x), message_sum_by_definition(layer, x, index.T.tolist())
@@ -89,6 +89,22 @@ def test_edge_convolution_is_the_sum_over_edges_of_its_definition(edges, batch):
     (expected_gradient,) = torch.autograd.grad(expected, x, upstream_gradient)
     torch.testing.assert_close(own_gradient, expected_gradient, rtol=1e-7, atol=1e-7)
     assert not own[:, sorted(set(range(6)) - {i for edge in edges for i in edge})].any(), "no edge, no message"
+
+
+@pytest.mark.parametrize("keypoints", [COCO_WHOLEBODY, CROWDPOSE], ids=lambda keypoints: keypoints.name)
+def test_edges_as_matrices_give_what_edges_as_indices_give(keypoints, monkeypatch):
+    torch.manual_seed(0)
+    net = HGNN(8, 1, keypoints).double().train()
+    x = torch.randn(2, len(keypoints), 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    results = []
+    for as_matrices in (False, True):
+        monkeypatch.setattr(hgnn, "sums_in_any_order", lambda _x, as_matrices=as_matrices: as_matrices)
+        out = net(x)
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [x, *trained])])
+    for by_matrix, by_index in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(by_matrix, by_index, rtol=1e-9, atol=1e-11)
 
 
 def test_group_attention_averages_the_gates_of_a_keypoints_groups():

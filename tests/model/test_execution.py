@@ -121,6 +121,17 @@ def test_bf16_autocast_is_close_and_its_losses_are_float32(tiny_config):
     assert (flat - reference).norm() < 0.1 * reference.norm()
 
 
+def test_classifiers_compute_in_float32_under_autocast(tiny_config):
+    torch.manual_seed(0)
+    for kind in ("cigpose", "rtmpose"):
+        head = build_model(tiny_config(model__head__kind=kind)).head
+        features = torch.randn(2, head.final_layer.in_channels, 4, 4)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for logits in head(features):
+                assert logits.dtype == torch.float32
+                assert not torch.equal(logits, logits.bfloat16().float()), "more digits than bfloat16 has"
+
+
 @pytest.mark.slow
 def test_inference_compiles_as_one_graph(shallow_model):
     model = shallow_model.eval()

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import two_ranks
 from torch import distributed, nn
 
-from cigpose.train.batch_norm import CPUSyncBatchNorm, synchronize_batch_norm
+from cigpose.train.batch_norm import SynchronizedBatchNorm, synchronize_batch_norm
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def test_outputs_gradients_and_statistics_equal_batch_norm(alone: None, dtype: t
     with torch.no_grad():
         theirs.weight.uniform_(0.5, 2)
         theirs.bias.normal_()
-    ours = CPUSyncBatchNorm(3).to(dtype)
+    ours = SynchronizedBatchNorm(3).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     gradients = []
     for layer in (theirs, ours):
@@ -43,8 +44,43 @@ def test_conversion_keeps_names_values_and_parameters(alone: None) -> None:
     weight = model[1][0].weight
     before = {key: value.clone() for key, value in model.state_dict().items()}
     converted = synchronize_batch_norm(model)
-    assert isinstance(converted[1][0], CPUSyncBatchNorm)
+    assert isinstance(converted[1][0], SynchronizedBatchNorm)
     assert type(converted[2]) is nn.BatchNorm1d
     assert converted[1][0].weight is weight
     assert (converted[1][0].eps, converted[1][0].momentum) == (1e-3, 0.03)
     torch.testing.assert_close(converted.state_dict(), before)
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[Any]:
+    """What each of two workers found."""
+    return two_ranks.run(two_ranks.both)
+
+
+def test_two_workers_normalise_as_torchs_own_does_in_each_of_its_ways(answers: Any) -> None:
+    by_rank = [norms for norms, _training in answers]
+    layer, (x, weights) = two_ranks.make_layer().double(), two_ranks.make_values()
+    joint = x.double().requires_grad_()
+    out = layer(joint)
+    (out * weights).sum().backward()
+    for rank, found in enumerate(by_rank):
+        expected = {"out": out.detach(), "d_input": joint.grad}
+        expected = {name: value.split(two_ranks.SIZES)[rank].float() for name, value in expected.items()}
+        expected |= {"d_weight": layer.weight.grad.float(), "d_bias": layer.bias.grad.float()}
+        expected |= {"running_mean": layer.running_mean.float(), "running_var": layer.running_var.float()}
+        assert found.keys() == {"torch", "plain", "captured", "kernels"}
+        for way, values in found.items():
+            for name, value in values.items():
+                for reference in (expected[name], found["torch"][name]):
+                    assert (value - reference).abs().max() < 1e-6 * reference.abs().max(), (way, name)
+
+
+def test_two_compiled_workers_have_one_graph_each_and_take_the_steps_of_plain_ones(answers: Any) -> None:
+    by_rank = [training for _norms, training in answers]
+    for found in by_rank:
+        assert not found["eager"]["warnings"], "gradients are laid out as the buckets are"
+        assert found["compiled"]["graphs"] == 1
+        assert not found["compiled"]["breaks"]
+        assert found["compiled"]["losses"] == pytest.approx(found["eager"]["losses"], rel=1e-5)
+    assert by_rank[0]["eager"]["losses"] != by_rank[1]["eager"]["losses"]
+    assert by_rank[0]["compiled"]["weights"] == by_rank[1]["compiled"]["weights"]

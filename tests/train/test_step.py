@@ -8,7 +8,9 @@ from torch import nn
 
 from cigpose.model.estimator import build_model
 from cigpose.train.build import state_around
-from cigpose.train.step import Losses, NonFiniteLossError, refuse_diverged, resolved_precision, train_step
+from cigpose.train.divergence import NonFiniteLossError, refuse_diverged
+from cigpose.train.meter import Meter
+from cigpose.train.step import Losses, resolved_precision, train_step
 
 compile_module = nn.Module.compile
 CPU = torch.device("cpu")
@@ -122,6 +124,31 @@ def test_ema_follows_every_step(tiny_config: Any, batch: Any) -> None:
     assert not torch.equal(state.evaluated.linear.weight, state.model.linear.weight)
 
 
+def test_a_step_that_the_loss_scaler_skips_enters_neither_ema_nor_means(tiny_config: Any, batch: Any) -> None:
+    state, meter = plain_state(tiny_config, train__precision="fp16"), Meter(CPU)
+    before = weights(state)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # no gradient survives it
+    meter.add(train_step(state, [batch(4)], rate=0.01, clip_grad_norm=35.0), 4)
+    assert meter.is_empty
+    assert state.ema.updates == 0
+    torch.testing.assert_close(weights(state), before, rtol=0, atol=0)
+    assert state.scaler.get_scale() < 1e38
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    metrics = train_step(state, [batch(4)], rate=0.01, clip_grad_norm=35.0)
+    meter.add(metrics, 4)
+    assert meter.read(1)["grad_norm"] == pytest.approx(metrics["grad_norm"].item())
+    assert state.ema.updates == 1
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_optimiser_moves(tiny_config: Any, batch: Any) -> None:
+    state = plain_state(tiny_config)
+    before = weights(state)
+    state.model.linear.weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(NonFiniteLossError, match=r"the gradient is not finite on the batch of random/0-0#1.*not moved"):
+        train_step(state, [batch(2)], rate=0.01, clip_grad_norm=35.0)
+    torch.testing.assert_close(weights(state), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_every_precision_and_layout_lowers_the_loss(
@@ -146,7 +173,9 @@ def test_auto_precision_is_bf16_only_where_the_processor_has_it(tiny_config: Any
 
 def test_a_compiled_training_takes_the_same_step(tiny_config: Any, batch: Any, monkeypatch: Any) -> None:
     # captured and differentiated by the compiler, but not turned into machine code, which takes minutes
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **options: compile_module(module, backend="aot_eager", **options)
+    )
     losses = []
     for compiled in (False, True):
         state = plain_state(tiny_config, train__compile=compiled)

@@ -1,0 +1,125 @@
+"""The training step on a GPU against the CPU. Skipped without one; `make gpu-check` runs these first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import make_config
+from torch import Tensor, nn
+
+from cigpose.keypoints import COCO_WHOLEBODY
+from cigpose.model.estimator import build_model
+from cigpose.model.hgnn import HGNN
+from cigpose.train.build import state_around
+from cigpose.train.divergence import NonFiniteLossError
+from cigpose.train.state import TrainState
+from cigpose.train.step import Copier, train_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The first GPU; tests that need it are skipped without."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA GPU here")
+    return torch.device("cuda", 0)
+
+
+def make_state(device: torch.device, **changes: Any) -> TrainState:
+    config = make_config(**changes)
+    torch.manual_seed(0)
+    return state_around(build_model(config).to(device), config, device)
+
+
+def make_batch(device: torch.device, seed: int = 0, size: int = 8) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    batch = {
+        "crops": torch.randint(0, 256, (size, 64, 48, 3), dtype=torch.uint8, generator=generator),
+        "keypoints": torch.rand(size, 133, 2, generator=generator) * torch.tensor([48, 64]),
+        "visible": torch.ones(size, 133),
+    }
+    if device.type == "cuda":
+        batch = {name: value.pin_memory() for name, value in batch.items()}
+    return Copier(device)({**batch, "keys": [f"random/{seed}-{number}" for number in range(size)]})
+
+
+def take_steps(state: TrainState, device: torch.device, seeds: range) -> list[float]:
+    losses = [train_step(state, [make_batch(device, s)], rate=1e-3, clip_grad_norm=35.0)["loss"] for s in seeds]
+    state.settle()
+    return [loss.item() for loss in losses]
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait is an error; an event that was asked for is not."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.03), ("fp16", 0.03)])
+def test_steps_are_those_of_the_cpu_within_the_error_of_the_precision(
+    gpu: torch.device, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    every = {"model__causal__train_top_k": 133}  # or a coarser score would replace other keypoints
+    expected = take_steps(make_state(CPU, train__precision="fp32", **every), CPU, range(3))
+    found = take_steps(make_state(gpu, train__precision=precision, **every), gpu, range(3))
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_operation_of_a_step_waits(gpu: torch.device, precision: str, request: pytest.FixtureRequest) -> None:
+    state = make_state(gpu, train__precision=precision)
+    batch = make_batch(gpu)
+    train_step(state, [batch], rate=1e-3, clip_grad_norm=35.0)
+    request.getfixturevalue("no_waiting")
+    train_step(state, [batch], rate=1e-3, clip_grad_norm=35.0)
+
+
+def test_a_loss_that_is_no_number_moves_no_weight_and_stops_a_step_later(gpu: torch.device) -> None:
+    state = make_state(gpu)
+    take_steps(state, gpu, range(1))
+    before = copy.deepcopy(dict(state.model.named_parameters()))
+    bad = make_batch(gpu, seed=7)
+    bad["keypoints"][:] = torch.nan
+    train_step(state, [bad], rate=1e-3, clip_grad_norm=35.0)
+    with pytest.raises(NonFiniteLossError, match="random/7-0"):
+        train_step(state, [make_batch(gpu)], rate=1e-3, clip_grad_norm=35.0)
+        state.settle()
+    stopped = make_state(gpu)
+    take_steps(stopped, gpu, range(1))
+    train_step(stopped, [bad], rate=1e-3, clip_grad_norm=35.0)
+    for name, parameter in stopped.model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_compiled_training_takes_the_steps_of_a_plain_one(gpu: torch.device) -> None:
+    plain, compiled = (make_state(gpu, train__compile=chosen) for chosen in (False, True))
+    assert take_steps(compiled, gpu, range(3)) == pytest.approx(take_steps(plain, gpu, range(3)), rel=1e-3)
+
+
+def test_a_training_goes_on_from_what_was_saved(gpu: torch.device) -> None:
+    through, first, second = (make_state(gpu) for _ in range(3))
+    expected = take_steps(through, gpu, range(4))[2:]
+    take_steps(first, gpu, range(2))
+    tensors, values = first.state_dict()
+    second.load_state_dict({key: tensor.cpu() for key, tensor in tensors.items()}, values)
+    assert take_steps(second, gpu, range(2, 4)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_graph_gives_the_same_bits_twice(gpu: torch.device) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = HGNN(32, 1, COCO_WHOLEBODY).to(gpu)
+    x = torch.randn(8, 133, 32, device=gpu, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        return list(torch.autograd.grad(net(x).square().sum(), [x, *trained]))
+
+    assert all(torch.equal(first, second) for first, second in zip(gradients(), gradients(), strict=True))
