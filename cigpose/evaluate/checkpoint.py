@@ -18,7 +18,8 @@ from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.loader.batches import eval_loader
-from cigpose.loader.shards import ShardFiles, ShardSet
+from cigpose.loader.shards import ShardSet
+from cigpose.loader.stream import decode_sample, read_record, read_shard
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress
@@ -168,18 +169,15 @@ def sample_pictures(shards: ShardSet, count: int) -> Iterator[tuple[int, np.ndar
     """Pictures spread evenly over a dataset: (image id, uint8 (H, W, 3) BGR), always the same ones.
 
     Raises:
-        ValueError: a picture cannot be decoded.
+        DataError: a shard is not the one the index lists, or a picture cannot be decoded.
     """
-    files, total = ShardFiles(), shards.index.images
-    wanted = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
-    bounds = np.cumsum([0, *(entry.images for entry in shards.index.shards)])
-    for position in wanted:
-        number = int(np.searchsorted(bounds, position, side="right")) - 1
-        row = int(position - bounds[number])
-        table = shards.table(number)
-        record = files.record(table.path, table.json_extents[row].tolist())
-        pixels = np.frombuffer(files.read(table.path, table.jpeg_extents[row].tolist()), dtype=np.uint8)
-        image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
-        if image is None:
-            raise ValueError(f"{table.path}: {table.keys[row]}.jpg cannot be decoded. Run `dvc repro shard` again.")
-        yield int(record["image_id"]), image
+    total = shards.index.images
+    wanted = set(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(int).tolist())
+    position = 0
+    for number, entry in enumerate(shards.index.shards):
+        if not wanted.isdisjoint(range(position, position + entry.images)):
+            for place, sample in enumerate(read_shard(shards, number), start=position):
+                if place in wanted:
+                    picture, _ = decode_sample(sample)
+                    yield int(read_record(sample)["image_id"]), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+        position += entry.images

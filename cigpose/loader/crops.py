@@ -186,7 +186,7 @@ class CropMaker:
         matrices = [person_matrix(person, self.input_size) for person in persons]
         size = (int(record["width"]), int(record["height"]))
         factor = _reduction(matrices) if self.scaled_decode else 1
-        image = decode_picture(picture, self._files.read(picture.path, picture.jpeg_extent), factor, size)
+        image = decode_picture(picture.where, self._files.read(picture.path, picture.jpeg_extent), factor, size)
         for person, matrix, crop in zip(persons, matrices, out, strict=True):
             if factor > 1:
                 matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)
@@ -199,8 +199,14 @@ class CropMaker:
         return np.random.default_rng([self.seed, self.epoch or 0, int.from_bytes(digest, "little")])
 
 
-def decode_picture(picture: WantedPicture, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
+def decode_picture(where: str, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
     """The decoded image, RGB uint8, `factor` times smaller.
+
+    Args:
+        where: what messages call it.
+        jpeg: its file.
+        factor: 1, 2, 4 or 8.
+        size: (width, height) of the whole picture, as its record says.
 
     Raises:
         DataError: it cannot be decoded, or has another size (width, height) than its record says.
@@ -208,13 +214,13 @@ def decode_picture(picture: WantedPicture, jpeg: bytes, factor: int, size: tuple
     try:
         image = cv2.imdecode(np.frombuffer(jpeg, dtype=np.uint8), _REDUCED[factor])
     except cv2.error as err:
-        raise DataError(f"{picture.where}: cannot be decoded ({err.err}). {AGAIN}") from err
+        raise DataError(f"{where}: cannot be decoded ({err.err}). {AGAIN}") from err
     if image is None:
-        raise DataError(f"{picture.where}: cannot be decoded; {len(jpeg)} bytes, starting with {jpeg[:4]!r}. {AGAIN}")
+        raise DataError(f"{where}: cannot be decoded; {len(jpeg)} bytes, starting with {jpeg[:4]!r}. {AGAIN}")
     expected = (-(-size[0] // factor), -(-size[1] // factor))
     if image.shape[1::-1] != expected:
         raise DataError(
-            f"{picture.where}: decodes to {image.shape[1]} x {image.shape[0]} pixels, its record says {expected[0]} x"
+            f"{where}: decodes to {image.shape[1]} x {image.shape[0]} pixels, its record says {expected[0]} x"
             f" {expected[1]}. Correct the annotations' width and height (or the picture's EXIF orientation) and shard"
             " again."
         )

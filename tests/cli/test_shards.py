@@ -10,7 +10,8 @@ import pytest
 
 from cigpose.cli.main import main
 from cigpose.draw import LEFT, RIGHT
-from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet, open_address
+from cigpose.loader.shards import open_address
+from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet
 
 
 def inspect(*arguments: object) -> int:
@@ -39,6 +40,18 @@ def test_inspect_names_what_was_left_out_and_mended(tiny_shards: Any, capsys: py
     printed = capsys.readouterr().out
     for text in ("left out: 1,234 crowd", "mended: 2 swapped size", "unreadable: 1, such as person 7"):
         assert text in printed
+
+
+def test_verifying_reads_every_picture_of_every_shard(tiny_shards: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_shards.write("a", [2, 1])
+    assert inspect(folder, "--verify", "--persons", 0) == 0
+    assert "every picture decodes" in capsys.readouterr().out
+    tiny_shards.pack(folder / "a-00001.tar", {"9.jpg": b"x", "9.json": b'{"width":9,"height":9,"persons":[]}'})
+    entries = json.loads((folder / "index.json").read_text())["shards"]
+    tiny_shards.index(folder, [entries[0], {**entries[1], "persons": 0}])
+    assert inspect(folder, "--persons", 0) == 0
+    assert inspect(folder, "--verify", "--persons", 0) == 2
+    assert "a-00001.tar: 9.jpg: cannot be decoded; 1 bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_persons", [1, 5, 100])
