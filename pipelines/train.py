@@ -26,6 +26,7 @@ from cigpose.config import Config, load_params
 from cigpose.evaluate.checkpoint import open_shards
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import claimed
+from cigpose.loader.pixels import check_extra
 from cigpose.train.build import pretrained_path
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.state import influential_params
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     restart = _parse(arguments).restart
     try:
         config = load_params()
+        check_extra(config)
         params = influential_params(config, digests(config), pretrained_digest(config))
         folder = run_folder(config, params)
         with alone(config, folder):
@@ -124,10 +126,9 @@ def opened(config: Config, datasets: tuple[str, ...]) -> list[Any]:
 
 def digests(config: Config) -> dict[str, str]:
     """Dataset -> digest of its shards, for training and validation."""
-    names = dict.fromkeys((*config.data.train, config.data.val))
     return {
         shards.dataset: shards_digest({"shards": [{"sha256": entry.sha256} for entry in shards.index.shards]})
-        for shards in opened(config, tuple(names))
+        for shards in opened(config, tuple(dict.fromkeys((*config.data.train, config.data.val))))
     }
 
 

@@ -31,11 +31,13 @@ def main(options: argparse.Namespace) -> None:
 
     Raises:
         DataError: shards that cannot be used, are damaged, or of another keypoint set than the parameters'.
+        ConfigError: a transform in `augmentation` that cannot be used.
         FileNotFoundError: no index, shard or params.yaml.
         ValueError: the sheet's suffix is that of no picture format.
     """
     import cv2
 
+    from cigpose.loader.pixels import check_extra
     from cigpose.loader.shards import open_address
     from cigpose.loader.sheet import contact_sheet, describe
     from cigpose.loader.stream import stream_pictures
@@ -50,6 +52,7 @@ def main(options: argparse.Namespace) -> None:
         return
     config = load_preset(options.preset) if options.preset else load_params(options.params)
     shards.check_keypoints(config.keypoint_set.name, len(config.keypoint_set))
+    check_extra(config)
     path = options.sheet or Path(f"{shards.index.dataset}-contact-sheet.jpg")
     if not cv2.haveImageWriter(path.name):
         raise ValueError(
@@ -59,3 +62,11 @@ def main(options: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, sheet)[1].tobytes())
     print(f"\n{path}: each person as cut out for evaluation, then as augmented by stage 1 and stage 2.")
+    for stage in ("stage1", "stage2"):
+        added = [
+            f"{name} {arguments or ''}".strip()
+            for entry in getattr(config.augmentation, stage).extra
+            for name, arguments in entry.items()
+        ]
+        if added:
+            print(f"  augmentation.{stage}.extra: {', '.join(added)}")

@@ -14,7 +14,8 @@ import numpy as np
 from cigpose.config import AugmentationStage, Config
 from cigpose.crop import box_to_center_scale, crop_image, fix_aspect_ratio, transform_points
 from cigpose.files.errors import DataError
-from cigpose.loader.augment import PersonBox, PixelAugmentation, augment_person, person_matrix
+from cigpose.loader.augment import PersonBox, augment_person, person_matrix
+from cigpose.loader.pixels import PixelAugmentation
 from cigpose.loader.shards import AGAIN, ShardFiles
 
 _REDUCED = {
@@ -137,12 +138,12 @@ class CropMaker:
             for i, rng in zip(picture.persons, rngs, strict=True)
         ]
         if self._pixels is None:
-            self._pixels = PixelAugmentation(stage)
+            self._pixels = PixelAugmentation(stage, self.keypoint_set)
         matrices = self._crop(picture, record, persons, out)
         for i, rng in enumerate(rngs):
-            out[i] = self._pixels(out[i], rng)
             points = transform_points(matrices[i], persons[i].keypoints)
-            rows.add(keys[i], keypoints=points.astype(np.float32), visible=persons[i].visible)
+            out[i], points, visible = self._pixels(out[i], points, persons[i].visible, rng)
+            rows.add(keys[i], keypoints=points.astype(np.float32), visible=visible)
 
     def _evaluate(self, picture: WantedPicture, out: np.ndarray, rows: _Rows) -> None:
         record = self._files.record(picture.path, picture.json_extent)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from cigpose.cli.main import main
+from cigpose.config.params_file import write_params
 from cigpose.draw import LEFT, RIGHT
 from cigpose.loader.shards import open_address
 from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet
@@ -54,6 +56,24 @@ def test_verifying_reads_every_picture_of_every_shard(tiny_shards: Any, capsys: 
     assert "a-00001.tar: 9.jpg: cannot be decoded; 1 bytes" in capsys.readouterr().err
 
 
+def test_a_sheet_shows_the_transforms_of_the_user(
+    tiny_shards: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = tiny_shards.write("a", [2]), tiny_shards.config("a")
+    changed = replace(config.augmentation.stage2, extra=({"InvertImg": {"p": 1.0}}, {"HorizontalFlip": None}))
+    config = replace(config, augmentation=replace(config.augmentation, stage2=changed))
+    write_params(config, tmp_path / "params.yaml")
+    assert inspect(folder, "--params", tmp_path / "params.yaml", "--sheet", tmp_path / "sheet.png") == 0
+    assert "augmentation.stage2.extra: InvertImg {'p': 1.0}, HorizontalFlip\n" in capsys.readouterr().out
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    write_params(
+        replace(config, augmentation=replace(config.augmentation, stage2=replace(changed, extra=()))),
+        tmp_path / "p.yaml",
+    )
+    assert inspect(folder, "--params", tmp_path / "p.yaml", "--sheet", tmp_path / "other.png") == 0
+    assert not np.array_equal(sheet, cv2.imread(str(tmp_path / "other.png")))
+
+
 @pytest.mark.parametrize("num_persons", [1, 5, 100])
 def test_a_sheet_shows_each_person_three_times(tiny_shards: Any, num_persons: int) -> None:
     folder = tiny_shards.write("a", [4], persons=(2, 1))
@@ -95,13 +115,17 @@ def test_other_seeds_show_other_persons(tiny_shards: Any) -> None:
         (["nowhere"], "nowhere/index.json: not found"),
         (["{folder}", "--preset", "quickstart"], "17 keypoints (coco), but params.yaml asks for 133"),
         (["{folder}", "--params", "nowhere.yaml"], "nowhere.yaml: not found"),
+        (
+            ["{folder}", "--params", "wrong.yaml"],
+            "augmentation.stage1.extra[0]: albumentations has no transform 'Blurr'",
+        ),
         (["{folder}", "--preset", "nothing"], "preset 'nothing' does not exist"),
         (
             ["{folder}", "--preset", "cigpose-m_coco_256x192", "--sheet", "sheet.what"],
             "sheet.what: not a kind of picture",
         ),
     ],
-    ids=["no shards", "other keypoints", "no params", "no preset", "no picture format"],
+    ids=["no shards", "other keypoints", "no params", "no transform", "no preset", "no picture format"],
 )
 def test_mistakes_are_one_sentence(
     tiny_shards: Any,
@@ -111,7 +135,9 @@ def test_mistakes_are_one_sentence(
     arguments: list[str],
     message: str,
 ) -> None:
-    folder = tiny_shards.write("a", [1])
+    folder, config = tiny_shards.write("a", [1]), tiny_shards.config("a")
+    wrong = replace(config.augmentation.stage1, extra=({"Blurr": None},))
+    write_params(replace(config, augmentation=replace(config.augmentation, stage1=wrong)), tmp_path / "wrong.yaml")
     monkeypatch.chdir(tmp_path)
     assert inspect(*(argument.format(folder=folder) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
