@@ -21,6 +21,7 @@ from typing import Any
 
 from cigpose.config import Config
 from cigpose.evaluate.checkpoint import open_shards
+from cigpose.loader.pixels import check_extra
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from pipelines.paths import DATA, SHARDS
 from pipelines.stage import stage
@@ -39,6 +40,7 @@ from pipelines.training.watch import Watch
 )
 def main(config: Config, restart: bool) -> None:
     """Train, or go on, or copy out."""
+    check_extra(config)
     params = run_params(config)
     folder = run_folder(config, params)
     restart |= "CIGPOSE_RESTART" in os.environ  # asked by the flow: `dvc repro` hands no arguments on

@@ -51,6 +51,16 @@ def test_what_use_writes_reads_back_as_the_preset(name: str, tmp_path: Path) -> 
     assert config_from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
 
 
+def test_transforms_of_the_user_are_written_to_params_yaml_and_read_again(tmp_path: Path) -> None:
+    values = quickstart()
+    entries = [{"Blur": None}, {"OneOf": {"transforms": [{"ToGray": {"p": 1}}, {"Rotate": {"limit": [-5, 5]}}]}}] * 3
+    values["augmentation"]["stage2"]["extra"] = entries
+    config = config_from_mapping(values)
+    write_params(config, tmp_path / "params.yaml")
+    assert load_params(tmp_path / "params.yaml") == config
+    assert load_params(tmp_path / "params.yaml").to_mapping()["augmentation"]["stage2"]["extra"] == entries
+
+
 @pytest.mark.parametrize("name", presets())
 def test_what_use_writes_is_complete_and_fits_the_page(name: str) -> None:
     text = params_text(load_preset(name))

@@ -137,6 +137,13 @@ def test_a_value_of_another_type_is_refused_by_name(path: tuple[Any, ...]) -> No
     [
         ("model.head.final_kernel_size", 4, "final_kernel_size must be odd"),
         ("augmentation.stage1.scale_range", [2.0, 1.0], r"scale_range must be \[smallest, largest\]"),
+        ("augmentation.stage2.extra", [{"Blur": {}}, "Blur"], r"augmentation.stage2.extra\[1\]: expected a mapping"),
+        ("augmentation.stage2.extra", [{"Blur": [3]}], r"augmentation.stage2.extra\[0\] must be one transform of alb"),
+        (
+            "augmentation.stage2.extra",
+            [{"Blur": {}, "ToGray": {}}],
+            r"augmentation.stage2.extra\[0\] must be one trans",
+        ),
         ("train.cluster.min_workers", 3, "train.cluster.min_workers must be between 1 and 2, got 3"),
         ("train.accumulate_steps", 0, "train.accumulate_steps must be between 1 and 1000000, got 0"),
         ("train.epochs", -1, "train.epochs must be between 1 and 100000, got -1"),

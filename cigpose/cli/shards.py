@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cigpose.config import load_params, load_preset
+from cigpose.progress import progress
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,6 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "Print what a dataset's shards hold, and draw a contact sheet: persons before and after augmentation."
     parser = commands.add_parser("inspect", help="counts and a contact sheet", description=text)
     parser.add_argument("shards", metavar="DIR", help="folder with index.json, or its s3:// or http(s):// address")
+    parser.add_argument("--verify", action="store_true", help="read every shard through and decode every picture")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
     source.add_argument("--preset", help="take crop size and augmentation from this preset")
@@ -28,20 +30,29 @@ def main(options: argparse.Namespace) -> None:
     """Run `cigpose shards inspect`.
 
     Raises:
-        DataError: shards that cannot be used, or of another keypoint set than the parameters'.
+        DataError: shards that cannot be used, are damaged, or of another keypoint set than the parameters'.
+        ConfigError: a transform in `augmentation` that cannot be used.
         FileNotFoundError: no index, shard or params.yaml.
         ValueError: the sheet's suffix is that of no picture format.
     """
     import cv2
 
-    from cigpose.loader.sheet import contact_sheet, describe, open_address
+    from cigpose.loader.pixels import check_extra
+    from cigpose.loader.shards import open_address
+    from cigpose.loader.sheet import contact_sheet, describe
+    from cigpose.loader.stream import stream_pictures
 
     shards = open_address(options.shards)
     print(describe(shards.index))
+    if options.verify:
+        for _ in progress(stream_pictures(options.shards), total=shards.index.images, desc="verify", unit="image"):
+            pass
+        print("  every shard is the one that the index lists, and every picture decodes")
     if options.persons <= 0:
         return
     config = load_preset(options.preset) if options.preset else load_params(options.params)
     shards.check_keypoints(config.keypoint_set.name, len(config.keypoint_set))
+    check_extra(config)
     path = options.sheet or Path(f"{shards.index.dataset}-contact-sheet.jpg")
     if not cv2.haveImageWriter(path.name):
         raise ValueError(
@@ -51,3 +62,11 @@ def main(options: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, sheet)[1].tobytes())
     print(f"\n{path}: each person as cut out for evaluation, then as augmented by stage 1 and stage 2.")
+    for stage in ("stage1", "stage2"):
+        added = [
+            f"{name} {arguments or ''}".strip()
+            for entry in getattr(config.augmentation, stage).extra
+            for name, arguments in entry.items()
+        ]
+        if added:
+            print(f"  augmentation.{stage}.extra: {', '.join(added)}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cigpose.config.outcome import ProtocolConfig
 from cigpose.config.schema import ADDRESS, HOW, LARGEST, require, require_between
+from cigpose.files.errors import shown
 
 LONGEST = 100_000
 """Most epochs: the rate of every step is computed before the first."""
@@ -32,6 +33,8 @@ class AugmentationStage:
     dropout_prob: float = 1.0
     dropout_size: tuple[float, float] = (0.2, 0.4)
     """Smallest and largest side of the dropped rectangle, as a share of the crop's side."""
+    extra: tuple[dict[str, Any], ...] = ()
+    """Transforms of albumentations by name, each {Name: {argument: value}}, done in turn after all the others."""
 
     def __post_init__(self) -> None:
         chances = ("flip", "half_body", "shift", "scale", "rotate", "blur", "median_blur", "dropout")
@@ -44,6 +47,12 @@ class AugmentationStage:
         for name in ("scale_range", "dropout_size"):
             low, high = getattr(self, name)
             require(low <= high, f"{name} must be [smallest, largest], got [{low}, {high}].")
+        for i, entry in enumerate(self.extra):
+            require(
+                len(entry) == 1 and all(isinstance(arguments, dict | None) for arguments in entry.values()),
+                f"extra[{i}] must be one transform of albumentations, such as {{RandomBrightnessContrast: {{p: 0.2}}}},"
+                f" got {shown(entry)}.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,8 @@ from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.files.cache import ShardCache
 from cigpose.loader.batches import eval_loader
-from cigpose.loader.shards import ShardFiles, ShardSet, ShardTable
+from cigpose.loader.shards import ShardSet
+from cigpose.loader.stream import decode_sample, read_record, read_shard
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress
@@ -180,35 +182,31 @@ def sample_pictures(shards: ShardSet, count: int) -> Iterator[tuple[int, np.ndar
     """Pictures spread evenly over a dataset: (image id, uint8 (H, W, 3) BGR), always the same ones.
 
     Raises:
-        ValueError: a picture cannot be decoded.
+        DataError: a shard is not the one the index lists, or a picture cannot be decoded.
     """
     total = shards.index.images
-    wanted = np.unique(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(np.int64))
-    bounds = np.cumsum([0, *(entry.images for entry in shards.index.shards)])
-    files = ShardFiles()
-    for position in wanted:
-        number = int(np.searchsorted(bounds, position, side="right")) - 1
-        yield _picture(files, shards.table(number), int(position - bounds[number]))
+    wanted = set(np.linspace(0, max(total - 1, 0), min(count, total)).round().astype(int).tolist())
+    position = 0
+    for number, entry in enumerate(shards.index.shards):
+        if not wanted.isdisjoint(range(position, position + entry.images)):
+            for place, sample in enumerate(read_shard(shards, number), start=position):
+                if place in wanted:
+                    yield _picture(sample)
+        position += entry.images
 
 
 def pictures_of(shards: ShardSet, image_ids: Container[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Pictures by their ids, in the order of the shards: (image id, uint8 (H, W, 3) BGR). Unknown ids are passed over.
 
     Raises:
-        ValueError: a picture cannot be decoded.
+        DataError: a shard is not the one the index lists, or a picture cannot be decoded.
     """
-    files = ShardFiles()
     for number in range(len(shards.index.shards)):
-        table = shards.table(number)
-        for row, extent in enumerate(table.json_extents.tolist()):
-            if int(files.record(table.path, extent)["image_id"]) in image_ids:
-                yield _picture(files, table, row)
+        for sample in read_shard(shards, number):
+            if int(read_record(sample)["image_id"]) in image_ids:
+                yield _picture(sample)
 
 
-def _picture(files: ShardFiles, table: ShardTable, row: int) -> tuple[int, np.ndarray]:
-    record = files.record(table.path, table.json_extents[row].tolist())
-    pixels = np.frombuffer(files.read(table.path, table.jpeg_extents[row].tolist()), dtype=np.uint8)
-    image = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{table.path}: {table.keys[row]}.jpg cannot be decoded. Run `dvc repro shard` again.")
-    return int(record["image_id"]), image
+def _picture(sample: dict[str, Any]) -> tuple[int, np.ndarray]:
+    picture, _ = decode_sample(sample)
+    return int(read_record(sample)["image_id"]), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)

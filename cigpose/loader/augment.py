@@ -3,21 +3,16 @@
 Frames: *image* is the decoded picture, mirrored if the person says so; *crop* is the network's input. Coordinates are
 (x, y) with the centre of the first pixel at (0, 0); sizes are (width, height). K keypoints.
 
-The order is the original's: flip, half body, random box, crop, HSV, blur, median blur, dropout. The first three only
-change numbers, so a crop costs one resampling: mirroring happens inside it. Every random step is a draw from an
-explicit generator plus a function of the drawn values.
+The order is the original's: flip, half body, random box, crop, and then what `pixels` does. The first three only change
+numbers, so a crop costs one resampling: mirroring happens inside it. Every random step is a draw from an explicit
+generator plus a function of the drawn values.
 """
 
 from __future__ import annotations
 
-import random
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
-import albumentations
-import cv2
 import numpy as np
 
 from cigpose.config import AugmentationStage
@@ -28,8 +23,6 @@ MIN_VISIBLE_FOR_HALF_BODY = 9
 """With fewer visible keypoints the half-body step leaves a person alone."""
 PREFER_UPPER_BODY = 0.7
 HALF_BODY_PADDING = 1.5
-BLUR_SIZES = (3, 7)
-"""Smallest and largest (odd) kernel of both blurs."""
 
 _NORMAL = NormalDist()
 _NORMAL_CUT = _NORMAL.cdf(-1.0)
@@ -150,84 +143,7 @@ def augment_person(
     return random_box(person, rng, stage)
 
 
-# Pixels
-
-
 def person_matrix(person: PersonBox, input_size: tuple[int, int]) -> np.ndarray:
     """(2, 3) float64, from image pixels (mirrored if the person is) to crop pixels."""
     width = max(person.scale[0], person.scale[1] * (input_size[0] / input_size[1]))  # as `fix_aspect_ratio`
     return crop_matrix(person.center, (width,), person.rotation, input_size)
-
-
-def draw_hsv_gains(rng: np.random.Generator, stage: AugmentationStage) -> tuple[int, int, int]:
-    """Whole-number changes of hue, saturation and value; each is left out with probability 1/2."""
-    draws = rng.random(6).tolist()
-    hue, saturation, value = (
-        int((2 * size - 1) * delta) if kept < 0.5 else 0  # int: towards zero
-        for size, kept, delta in zip(draws[:3], draws[3:], stage.hsv_delta, strict=True)
-    )
-    return hue, saturation, value
-
-
-def change_hsv(crop: np.ndarray, gains: Sequence[int]) -> np.ndarray:
-    """Hue turned (of 180), saturation and value shifted and clipped (of 255), in OpenCV's 8-bit HSV.
-
-    Args:
-        crop: (H, W, 3) uint8 RGB.
-        gains: changes of hue, saturation and value.
-
-    Returns: (H, W, 3) uint8 RGB. As in the original, the way to HSV and back changes pixels slightly, gains 0 or not.
-    """
-    hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV)
-    if gains[0]:
-        turned = ((np.arange(256) + gains[0]) % 180).astype(np.uint8)
-        cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), turned), hsv, 0)
-    flat = hsv.reshape(hsv.shape[0], -1)
-    more, less = ([0, *(max(0, min(255, sign * gain)) for gain in gains[1:])] for sign in (1, -1))
-    if any(more):  # uint8 addition that stops at 255
-        row = np.array(more * hsv.shape[1], dtype=np.uint8)
-        np.minimum(flat, 255 - row, out=flat)
-        flat += row
-    if any(less):
-        row = np.array(less * hsv.shape[1], dtype=np.uint8)
-        np.maximum(flat, row, out=flat)
-        flat -= row
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
-
-
-class PixelAugmentation:
-    """HSV, blur, median blur and dropout of one stage; albumentations is called only when a draw says so.
-
-    Not for several threads at once: albumentations keeps the generator of a call in the transform.
-    """
-
-    def __init__(self, stage: AugmentationStage) -> None:
-        self._stage = stage
-        low, high = stage.dropout_size
-        hole = {"num_holes_range": (1, 1), "hole_height_range": (low, high), "hole_width_range": (low, high)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a name albumentations does not know is only a warning there
-            blur = albumentations.Blur(blur_limit=BLUR_SIZES, p=1.0)
-            median_blur = albumentations.MedianBlur(blur_limit=BLUR_SIZES, p=1.0)
-            self._dropout = albumentations.CoarseDropout(**hole, fill=0, p=1.0)
-        self._steps: list[tuple[float, albumentations.ImageOnlyTransform]] = [
-            (stage.blur_prob, blur),
-            (stage.median_blur_prob, median_blur),
-            (stage.dropout_prob, self._dropout),
-        ]
-
-    def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The changed crop, (H, W, 3) uint8 RGB; the argument keeps its pixels."""
-        crop = change_hsv(crop, draw_hsv_gains(rng, self._stage))
-        for chance, (probability, transform) in zip(rng.random(len(self._steps)).tolist(), self._steps, strict=True):
-            if chance >= probability:
-                continue
-            transform.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
-            if transform is self._dropout:
-                # Its `apply` would copy the crop and build a generator to fill with black.
-                holes = transform.get_params_dependent_on_data({"shape": crop.shape}, {})["holes"]
-                for left, top, right, bottom in holes:
-                    crop[top:bottom, left:right] = 0
-            else:
-                crop = transform(image=crop)["image"]
-        return crop

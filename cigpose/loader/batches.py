@@ -29,6 +29,7 @@ from cigpose.config import Config, LoaderConfig
 from cigpose.files.cache import ShardCache
 from cigpose.files.errors import DataError
 from cigpose.loader.crops import CropMaker, Crops, WantedPicture
+from cigpose.loader.pixels import check_extra
 from cigpose.loader.plan import RankPlan, Segment, eval_plan, picture_rng, train_plan
 from cigpose.loader.shards import ShardSet, ShardTable
 
@@ -60,9 +61,11 @@ def train_loader(
     Raises:
         DataError: shards that cannot be used; while iterating also a damaged shard or picture.
         FileNotFoundError: an index or a shard is missing.
+        ConfigError: a transform in `config.augmentation` that cannot be used, of whichever stage.
         ValueError: fewer persons than ranks x accumulation steps, or a start beyond the epoch.
     """
     loader = config.train.loader
+    check_extra(config)
     sets = _open(config, config.data.train, root)
     plan = train_plan(
         [count for shards in sets.values() for count in shards.counts()],

@@ -14,7 +14,8 @@ import numpy as np
 from cigpose.config import AugmentationStage, Config
 from cigpose.crop import box_to_center_scale, crop_image, fix_aspect_ratio, transform_points
 from cigpose.files.errors import DataError
-from cigpose.loader.augment import PersonBox, PixelAugmentation, augment_person, person_matrix
+from cigpose.loader.augment import PersonBox, augment_person, person_matrix
+from cigpose.loader.pixels import PixelAugmentation
 from cigpose.loader.shards import AGAIN, ShardFiles
 
 _REDUCED = {
@@ -137,12 +138,12 @@ class CropMaker:
             for i, rng in zip(picture.persons, rngs, strict=True)
         ]
         if self._pixels is None:
-            self._pixels = PixelAugmentation(stage)
+            self._pixels = PixelAugmentation(stage, self.keypoint_set)
         matrices = self._crop(picture, record, persons, out)
         for i, rng in enumerate(rngs):
-            out[i] = self._pixels(out[i], rng)
             points = transform_points(matrices[i], persons[i].keypoints)
-            rows.add(keys[i], keypoints=points.astype(np.float32), visible=persons[i].visible)
+            out[i], points, visible = self._pixels(out[i], points, persons[i].visible, rng)
+            rows.add(keys[i], keypoints=points.astype(np.float32), visible=visible)
 
     def _evaluate(self, picture: WantedPicture, out: np.ndarray, rows: _Rows) -> None:
         record = self._files.record(picture.path, picture.json_extent)
@@ -186,7 +187,7 @@ class CropMaker:
         matrices = [person_matrix(person, self.input_size) for person in persons]
         size = (int(record["width"]), int(record["height"]))
         factor = _reduction(matrices) if self.scaled_decode else 1
-        image = decode_picture(picture, self._files.read(picture.path, picture.jpeg_extent), factor, size)
+        image = decode_picture(picture.where, self._files.read(picture.path, picture.jpeg_extent), factor, size)
         for person, matrix, crop in zip(persons, matrices, out, strict=True):
             if factor > 1:
                 matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)
@@ -199,8 +200,14 @@ class CropMaker:
         return np.random.default_rng([self.seed, self.epoch or 0, int.from_bytes(digest, "little")])
 
 
-def decode_picture(picture: WantedPicture, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
+def decode_picture(where: str, jpeg: bytes, factor: int, size: tuple[int, int]) -> np.ndarray:
     """The decoded image, RGB uint8, `factor` times smaller.
+
+    Args:
+        where: what messages call it.
+        jpeg: its file.
+        factor: 1, 2, 4 or 8.
+        size: (width, height) of the whole picture, as its record says.
 
     Raises:
         DataError: it cannot be decoded, or has another size (width, height) than its record says.
@@ -208,13 +215,13 @@ def decode_picture(picture: WantedPicture, jpeg: bytes, factor: int, size: tuple
     try:
         image = cv2.imdecode(np.frombuffer(jpeg, dtype=np.uint8), _REDUCED[factor])
     except cv2.error as err:
-        raise DataError(f"{picture.where}: cannot be decoded ({err.err}). {AGAIN}") from err
+        raise DataError(f"{where}: cannot be decoded ({err.err}). {AGAIN}") from err
     if image is None:
-        raise DataError(f"{picture.where}: cannot be decoded; {len(jpeg)} bytes, starting with {jpeg[:4]!r}. {AGAIN}")
+        raise DataError(f"{where}: cannot be decoded; {len(jpeg)} bytes, starting with {jpeg[:4]!r}. {AGAIN}")
     expected = (-(-size[0] // factor), -(-size[1] // factor))
     if image.shape[1::-1] != expected:
         raise DataError(
-            f"{picture.where}: decodes to {image.shape[1]} x {image.shape[0]} pixels, its record says {expected[0]} x"
+            f"{where}: decodes to {image.shape[1]} x {image.shape[0]} pixels, its record says {expected[0]} x"
             f" {expected[1]}. Correct the annotations' width and height (or the picture's EXIF orientation) and shard"
             " again."
         )

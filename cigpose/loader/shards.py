@@ -148,17 +148,44 @@ class ShardSet:
             DataError: the tar is not the one the index lists, or is damaged.
             OSError: it cannot be read or fetched.
         """
+        return _table(self.fetch(number), self.index.shards[number])
+
+    def fetch(self, number: int) -> Path:
+        """A shard as a local file; fetched, or compared with its sha256, on first use in this process.
+
+        Raises:
+            DataError: the tar is not the one the index lists.
+            OSError: it cannot be read or fetched.
+        """
         entry = self.index.shards[number]
         if is_remote(self.address):
-            path = self.cache.shard(f"{self.address}/{entry.name}", entry.sha256, entry.bytes)
-            return _table(path, entry, False)
-        return _table(Path(self.address) / entry.name, entry, self.verify)
+            return self.cache.shard(f"{self.address}/{entry.name}", entry.sha256, entry.bytes)
+        path = Path(self.address) / entry.name
+        if self.verify:
+            _verify(path, entry.sha256)
+        return path
+
+
+def open_address(address: str, *, cache: ShardCache | None = None) -> ShardSet:
+    """The shards of one folder or address.
+
+    Raises:
+        DataError: the index cannot be used.
+        FileNotFoundError: no index or a shard is missing.
+    """
+    folder = Path(address)
+    locations = {folder.name: address} if is_remote(address) else {}
+    return ShardSet.open(folder.name, folder.parent, locations, cache=cache)
 
 
 @functools.cache
-def _table(path: Path, entry: ShardEntry, verify: bool) -> ShardTable:
-    if verify and (digest := sha256_of(path)) != entry.sha256:
-        raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {entry.sha256[:12]}.... {AGAIN}")
+def _verify(path: Path, sha256: str) -> None:
+    if (digest := sha256_of(path)) != sha256:
+        raise DataError(f"{path}: sha256 is {digest[:12]}..., index.json says {sha256[:12]}.... {AGAIN}")
+
+
+@functools.cache
+def _table(path: Path, entry: ShardEntry) -> ShardTable:
     return scan_shard(path, entry)
 
 
@@ -179,12 +206,7 @@ def scan_shard(path: Path, entry: ShardEntry) -> ShardTable:
     if odd := sorted(jsons.keys() ^ set(keys)):
         raise DataError(f"{path}: {odd[0]} has no {'.json' if odd[0] in keys else '.jpg'} beside it. {AGAIN}")
     persons, detections = _count(path, [jsons[key] for key in keys])
-    found = {"images": len(keys), "persons": int(persons.sum()), "detections": int(detections.sum())}
-    for what, number in found.items():
-        if number != getattr(entry, what):
-            raise DataError(
-                f"{path}: {number} {what} found, index.json says {getattr(entry, what)}; the tar is damaged. {AGAIN}"
-            )
+    check_counts(path, entry, images=len(keys), persons=int(persons.sum()), detections=int(detections.sum()))
     return ShardTable(
         path=path,
         keys=tuple(keys),
@@ -195,27 +217,37 @@ def scan_shard(path: Path, entry: ShardEntry) -> ShardTable:
     )
 
 
+def check_counts(path: Path, entry: ShardEntry, **found: int) -> None:
+    """Compare what a tar holds with its index.
+
+    Raises:
+        DataError: another number of `images`, `persons` or `detections`.
+    """
+    for what, number in found.items():
+        if number != getattr(entry, what):
+            raise DataError(
+                f"{path}: {number} {what} found, index.json says {getattr(entry, what)}; the tar is damaged. {AGAIN}"
+            )
+
+
 def _extents(members: list[Extent]) -> np.ndarray:
     return np.array([(extent.offset, extent.size) for extent in members], dtype=np.int64).reshape(-1, 2)
 
 
 def _count(path: Path, members: list[Extent]) -> tuple[np.ndarray, np.ndarray]:
-    """Persons and detections by their fields; parsing would take ten times as long.
+    with path.open("rb") as file:
+        counts = [count_people(os.pread(file.fileno(), extent.size, extent.offset)) for extent in members]
+    persons, detections = np.array(counts, dtype=np.int64).reshape(-1, 2).T
+    return persons, detections
+
+
+def count_people(record: bytes) -> tuple[int, int]:
+    """Persons and detections of a sample's JSON, by their fields; parsing would take ten times as long.
 
     No text of a record can look like a field: quotes inside text are escaped.
     """
-    persons, boxes = [], []
-    with path.open("rb") as file:
-        for extent in members:
-            raw = os.pread(file.fileno(), extent.size, extent.offset)
-            persons.append(_count_field(raw, b"keypoints"))
-            boxes.append(_count_field(raw, b"bbox_xyxy"))
-    people = np.array(persons, dtype=np.int64)
-    return people, np.array(boxes, dtype=np.int64) - people
-
-
-def _count_field(raw: bytes, name: bytes) -> int:
-    return raw.count(b'"%b":' % name)
+    persons = record.count(b'"keypoints":')
+    return persons, record.count(b'"bbox_xyxy":') - persons
 
 
 class ShardFiles:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 
 from cigpose.config import Config
 from cigpose.draw import draw_poses, label_picture, pack_pictures
-from cigpose.files.addresses import is_remote
 from cigpose.files.errors import DataError
 from cigpose.loader.crops import CropMaker, WantedPicture
 from cigpose.loader.shards import ShardSet
@@ -18,17 +15,6 @@ from cigpose.shard.index import ShardIndex
 TILE_HEIGHT = 384
 MAX_SHARDS = 4
 """Shards looked into for the sheet."""
-
-
-def open_address(address: str) -> ShardSet:
-    """The shards of one folder or address.
-
-    Raises:
-        DataError: the index cannot be used.
-        FileNotFoundError: no index or a shard is missing.
-    """
-    folder = Path(address)
-    return ShardSet.open(folder.name, folder.parent, {folder.name: address} if is_remote(address) else {})
 
 
 def describe(index: ShardIndex) -> str:

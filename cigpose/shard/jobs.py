@@ -15,8 +15,8 @@ from cigpose.pool import map_in_processes
 from cigpose.shard.intake import BadSamples
 from cigpose.shard.tars import Pictures, ShardJob, ShardStats, write_shard
 
-_WORTH_A_PROCESS = 256 << 20
-"""Bytes of photographs copied in about the time a process takes to start."""
+_WORTH_A_PROCESS = 768 << 20
+"""Bytes of photographs copied in about the time a process takes to start (webdataset imports torch)."""
 
 
 def run_jobs(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterator[tuple[ShardJob, ShardStats]]:

@@ -7,8 +7,8 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +22,8 @@ from cigpose.files.jpeg import check_jpeg, decode_strictly, is_jpeg
 from cigpose.shard.intake import BadSamples, Picture
 from cigpose.shard.persons import NO_FRAME
 
-_EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-_BLOCK = tarfile.BLOCKSIZE
-_RECORD = tarfile.RECORDSIZE
+_BUFFER = 1 << 20
+"""Bytes gathered for one write: the library hands on 16 KiB at a time."""
 
 Pictures = Callable[["ShardJob", ExtentReader], Iterator[tuple["Sample", "bytes | memoryview | DataError | None"]]]
 """Pictures of a job in order: JPEG bytes, why they cannot be had, or None where there is none by rule."""
@@ -76,8 +75,8 @@ def write_shard(job: ShardJob, pictures: Pictures) -> ShardStats:
     cv2.setNumThreads(0)
     stats = ShardStats(name=job.path.name)
     part = job.path.with_suffix(".tar.part")
-    with ExtentReader() as reader, job.persons_file.open("rb") as persons, part.open("wb", buffering=0) as file:
-        tar = _TarWriter(file)
+    file = _DigestedFile(part)
+    with ExtentReader() as reader, job.persons_file.open("rb") as persons, _tar_writer(file) as write:
         for sample, data in pictures(job, reader):
             lost = max(len(sample.persons), 1)
             if data is None:
@@ -95,11 +94,11 @@ def write_shard(job: ShardJob, pictures: Pictures) -> ShardStats:
                 continue
             if not sample.persons and not sample.detections:
                 continue
-            tar.add({f"{sample.picture.key}.jpg": data, f"{sample.picture.key}.json": _sample_json(sample, persons)})
+            write({"__key__": sample.picture.key, "jpg": data, "json": _sample_json(sample, persons)})
             stats.images += 1
             stats.persons += len(sample.persons)
             stats.detections += len(sample.detections or ())
-        stats.bytes, stats.sha256 = tar.close()
+    stats.bytes, stats.sha256 = file.size, file.sha256
     part.rename(job.path)
     return stats
 
@@ -167,51 +166,52 @@ def _sample_json(sample: Sample, persons: IO[bytes]) -> bytes:
     return b"{%b}" % b",".join(parts)
 
 
-def _header(name: bytes, size: int) -> bytes:
-    """USTAR header of a file: all but name, size and checksum is constant (tarfile takes 20 times as long)."""
-    assert len(name) <= 100 and size < 8**11
-    header = bytearray(_EMPTY_HEADER)
-    header[: len(name)] = name
-    header[124:135] = b"%011o" % size
-    header[148:156] = b"        "
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
+class _DigestedFile(io.RawIOBase):
+    """A file being written that knows its size and sha256, and says how far it came when the disk is full."""
 
-
-class _TarWriter:
-    """Members one after another with nothing in the headers but name and size; the digest on the way."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._digest = hashlib.sha256()
-        self._size = 0
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.size = 0
 
-    def add(self, members: dict[str, bytes | memoryview]) -> None:
-        """Append members, by name."""
-        pieces: list[bytes | memoryview] = []
-        for name, data in members.items():
-            pieces += (_header(name.encode(), len(data)), data, bytes(-len(data) % _BLOCK))
-        self._write(pieces)
+    def writable(self) -> bool:
+        return True
 
-    def close(self) -> tuple[int, str]:
-        """End the archive; returns its size and sha256."""
-        end = 2 * _BLOCK
-        self._write([bytes(end + -(self._size + end) % _RECORD)])
-        return self._size, self._digest.hexdigest()
-
-    def _write(self, pieces: list[bytes | memoryview]) -> None:
-        # One call for a whole sample; a full disk may cut it short, and writing the rest then says so.
-        expected = sum(map(len, pieces))
+    def write(self, data: Any) -> int:
+        """Write some of `data`; how much. The buffer above asks again for the rest."""
         try:
-            written = os.writev(self._file.fileno(), pieces)
-            rest = memoryview(b"".join(pieces))[written:] if written < expected else memoryview(b"")
-            while rest:
-                rest = rest[os.write(self._file.fileno(), rest) :]
+            written = os.write(self._descriptor, data)
         except OSError as err:
-            raise OSError(err.errno, f"{err.strerror} after {self._size} bytes", self._file.name) from err
-        for piece in pieces:
-            self._digest.update(piece)
-        self._size += expected
+            raise OSError(err.errno, f"{err.strerror} after {self.size} bytes", str(self._path)) from err
+        self._digest.update(memoryview(data)[:written])
+        self.size += written
+        return written
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        super().close()
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far."""
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def _tar_writer(file: _DigestedFile) -> Iterator[Callable[[dict[str, Any]], int]]:
+    """Writes samples to a tar whose headers hold nothing but name and size: equal bytes for equal samples."""
+    from webdataset import TarWriter  # it brings torch, which those who only plan or look at shards need not wait for
+
+    buffer = io.BufferedWriter(file, _BUFFER)
+    try:
+        with TarWriter(buffer, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            yield tar.write
+        buffer.flush()
+    finally:
+        file.close()  # and not the buffer: after an error it would try the rest again
 
 
 def members(path: Path) -> Iterable[tuple[str, bytes]]:

@@ -6,7 +6,8 @@ Both sides make the same stage-1 crops, 256 x 192 with 133 keypoints, of the sam
 timed in CPU seconds, in turn. The plain way reads and decodes the file anew for each person, mirrors the whole picture,
 cuts with `cv2.warpAffine`, changes HSV in int16, calls an albumentations Compose, makes float SimCC targets, and stacks
 a batch. Equal pixels are checked with the rounded resampling of OpenCV up to 4.10 (see `crop_image`) and with blurs and
-dropout that get the loader's drawn numbers, which Compose cannot be given.
+dropout that get the loader's drawn numbers. "Bare steps" is the loader without the Compose: the same transforms are
+called only when a draw says so, and dropout is written into the crop, as it was before users could add transforms.
 """
 
 from __future__ import annotations
@@ -34,25 +35,27 @@ import cv2
 import numpy as np
 import torch
 
-from cigpose.config import Config, DatasetConfig, RenderConfig, load_preset
+from cigpose.config import AugmentationStage, Config, DatasetConfig, RenderConfig, load_preset
 from cigpose.crop import box_to_center_scale, crop_image
+from cigpose.keypoints import KeypointSet
+from cigpose.loader import crops as crops_module
 from cigpose.loader.augment import (
     MIN_VISIBLE_FOR_HALF_BODY,
     PREFER_UPPER_BODY,
     PersonBox,
-    PixelAugmentation,
     draw_box_change,
-    draw_hsv_gains,
     half_body,
     person_matrix,
 )
 from cigpose.loader.batches import train_loader
 from cigpose.loader.crops import CropMaker
+from cigpose.loader.pixels import PixelAugmentation, change_hsv, draw_hsv_gains
 from cigpose.loader.shards import ShardFiles, ShardSet
 from cigpose.render import render_dataset
 from cigpose.shard.write import write_dataset
 
 GOAL = 3.0
+GOAL_OF_BARE = 0.95
 PERSONS_PER_IMAGE = 2.3
 BATCH = 64
 NAME = "bench"
@@ -115,7 +118,7 @@ class PlainWay:
         self.config, self.resample, self.targets = config, resample, targets
         self.stage = config.augmentation.stage1
         self.maker = CropMaker(config, epoch=0)
-        self.steps = PixelAugmentation(self.stage)._steps
+        self.steps = PixelAugmentation(self.stage, config.keypoint_set).original[1:]
         self.compose = None if resample is crop_image else albumentations.Compose(self._library())
         self.size = config.model.input_size
 
@@ -145,6 +148,8 @@ class PlainWay:
         return sample
 
     def _pixels(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        drawn = random.Random(int(rng.integers(1 << 63)))
+        drawn.random()  # Compose draws whether to do anything
         gains = draw_hsv_gains(rng, self.stage)
         hsv = cv2.cvtColor(crop, cv2.COLOR_BGR2HSV).astype(np.int16)
         hsv[..., 0] = (hsv[..., 0] + gains[0]) % 180
@@ -153,10 +158,9 @@ class PlainWay:
         crop = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR)
         if self.compose is not None:
             return self.compose(image=crop)["image"]
-        for chance, (probability, transform) in zip(rng.random(len(self.steps)), self.steps, strict=True):
-            if chance < probability:
-                transform.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
-                crop = transform(image=crop)["image"]
+        for transform in self.steps:
+            transform.set_random_state(rng, drawn)
+            crop = transform(image=crop)["image"]
         return crop
 
     def _library(self) -> list[Any]:
@@ -192,6 +196,39 @@ class PlainWay:
             samples = [self.sample(key, *people[key]) for key in keys[start : start + BATCH]]
             stacked = [name for name in samples[0] if name != "keypoints"]
             yield {name: torch.stack([sample[name] for sample in samples]) for name in stacked}
+
+
+class BareSteps:
+    """In the place of `PixelAugmentation`: the least that the original's steps can cost."""
+
+    def __init__(self, stage: AugmentationStage, keypoint_set: KeypointSet) -> None:
+        self._stage = stage
+        self._steps = PixelAugmentation(stage, keypoint_set).original[1:]
+
+    def __call__(self, crop: np.ndarray, keypoints: np.ndarray, visible: np.ndarray, rng: np.random.Generator) -> Any:
+        drawn = random.Random(int(rng.integers(1 << 63)))
+        drawn.random()  # as in a Compose, so that both blur the same crops
+        crop = change_hsv(crop, draw_hsv_gains(rng, self._stage))
+        for transform in self._steps:
+            if transform.p < 1 and drawn.random() >= transform.p:
+                continue
+            transform.set_random_state(rng, drawn)
+            if isinstance(transform, albumentations.CoarseDropout):
+                holes = transform.get_params_dependent_on_data({"shape": crop.shape}, {})["holes"]
+                for left, top, right, bottom in holes:
+                    crop[top:bottom, left:right] = 0
+            else:
+                crop = transform(image=crop, force_apply=True)["image"]
+        return crop, keypoints, visible
+
+
+def bare(config: Config, folder: Path) -> Iterator[Any]:
+    """The loader's batches with `BareSteps`."""
+    crops_module.PixelAugmentation = BareSteps  # type: ignore[misc, assignment]
+    try:
+        yield from ours(config, folder)
+    finally:
+        crops_module.PixelAugmentation = PixelAugmentation  # type: ignore[misc]
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -240,9 +277,12 @@ def main() -> None:
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, OpenCV {cv2.__version__}")
         print(f"{images} pictures of 640 x 480, {len(people)} persons, {len(people) / images:.2f} on each")
         print(f"largest difference of a pixel: {check_equal(config, folder, people)} grey levels")
+        whole, steps = crops_of(ours(config, folder)), crops_of(bare(config, folder))
+        print(f"the same with bare steps: {all(np.array_equal(whole[key], steps[key]) for key in whole)}")
         scaled = replace(config, train=replace(config.train, loader=replace(config.train.loader, scaled_decode=True)))
         sides = {
             "ours": lambda: ours(config, folder),
+            "bare steps": lambda: bare(config, folder),
             "ours, scaled decoding": lambda: ours(scaled, folder),
             "plain": lambda: PlainWay(config, resample=warp, targets=True).batches(people),
             "plain, no targets": lambda: PlainWay(config, resample=warp, targets=False).batches(people),
@@ -252,10 +292,11 @@ def main() -> None:
             times[name].append(cpu_seconds(sides[name]()))
         for name, values in times.items():
             print(f"{name:<22} {len(people) / statistics.median(values):7.0f} crops per second and core")
+        goals = {("ours", "plain"): f", goal {GOAL}", ("ours", "bare steps"): f", goal {GOAL_OF_BARE}"}
         for name in ("ours", "ours, scaled decoding"):
-            for other in ("plain", "plain, no targets"):
+            for other in ("plain", "plain, no targets", *(["bare steps"] if name == "ours" else [])):
                 ratios = sorted(b / a for a, b in zip(times[name], times[other], strict=True))
-                goal = f", goal {GOAL}" if (name, other) == ("ours", "plain") else ""
+                goal = goals.get((name, other), "")
                 middle = statistics.median(ratios)
                 print(f"{name} / {other}: {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}){goal}")
         full, small = crops_of(ours(config, folder)), crops_of(ours(scaled, folder))

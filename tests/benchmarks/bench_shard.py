@@ -1,11 +1,12 @@
-"""Sharding against `cp` of the same zip, and its memory with a very large annotation file.
+"""Sharding against `cp` of the same zip, against a hand-made tar writer, and its memory with a very large file.
 
     python tests/benchmarks/bench_shard.py [--folder DIR] [--images 4000] [--annotations-gb 2.0] [--repeats 5]
 
 Speed: a stored zip of COCO-like JPEGs with 2.2 persons on each, as COCO has: of 17 keypoints and of 133. Every figure
 is a ratio to `cp` in the same round, medians over the rounds: both end in fsync, with the zip in the page cache and
-read from the disk. Memory: the largest resident set of the whole stage (a process of its own) with a synthetic
-COCO-WholeBody file.
+read from the disk. Writer: the whole stage with webdataset's TarWriter, and with the header writer that it replaced
+(kept here for this), in turn, and both alone. Memory: the largest resident set of the whole stage (a process of its
+own) with a synthetic COCO-WholeBody file.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ from cigpose.config import Config, DatasetConfig, ShardingConfig, load_preset
 from cigpose.files.jpeg import check_jpeg
 from cigpose.files.jsonstream import parse_element, split_arrays
 from cigpose.keypoints import keypoint_set
+from cigpose.shard import tars
+from cigpose.shard.index import read_index
 from cigpose.shard.write import write_dataset
 
 MB = 1e6
@@ -179,6 +184,90 @@ def measure_speed(folder: Path, images: int, repeats: int) -> None:
     _print_parts(raw)
 
 
+class HeaderWriter:
+    """The least a tar needs: one template of a header, name, size and checksum filled in, one call a sample."""
+
+    _TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, sample: dict[str, Any]) -> None:
+        pieces: list[bytes | memoryview] = []
+        for suffix in ("jpg", "json"):
+            data = sample[suffix]
+            pieces += (self._header(f"{sample['__key__']}.{suffix}", len(data)), data, bytes(-len(data) % 512))
+        self._put(pieces)
+
+    def close(self) -> None:
+        self._put([bytes(1024 + -(self._file.size + 1024) % tarfile.RECORDSIZE)])
+
+    def _put(self, pieces: list[bytes | memoryview]) -> None:
+        assert os.writev(self._file._descriptor, pieces) == sum(map(len, pieces))
+        for piece in pieces:
+            self._file._digest.update(piece)
+        self._file.size += sum(map(len, pieces))
+
+    def _header(self, name: str, size: int) -> bytes:
+        header = bytearray(self._TEMPLATE)
+        header[: len(name)] = name.encode()
+        header[124:135] = b"%011o" % size
+        header[148:156] = b"        "
+        header[148:156] = b"%06o\0 " % sum(header)
+        return bytes(header)
+
+
+@contextmanager
+def by_headers(file: Any) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """In the place of `tars._tar_writer`."""
+    writer = HeaderWriter(file)
+    yield writer.write
+    writer.close()
+    file.close()
+
+
+def measure_writers(folder: Path, images: int, repeats: int) -> None:
+    """Print what webdataset's writer costs the stage, and alone."""
+    raw, out = folder / "raw", folder / "out"
+    raw.mkdir()
+    make_zip(raw / "images.zip", images)
+    write_annotations(raw / "coco_wholebody.json", images, images * 22 // 10)
+    record_digests(raw)
+    with zipfile.ZipFile(raw / "images.zip") as archive:
+        jpeg = archive.read(archive.namelist()[0])
+    writers = {"webdataset": tars._tar_writer, "headers": by_headers}
+
+    def stage(writer: Any) -> None:
+        tars._tar_writer = writer  # type: ignore[assignment]
+        shard(raw, out, processes=1, images_per_shard=-(-images // 4))
+
+    def alone(writer: Any) -> None:
+        file = tars._DigestedFile(folder / "alone.tar")
+        with writer(file) as write:
+            for i in range(images // 4):
+                write({"__key__": f"{i:012d}", "jpg": jpeg, "json": b" " * 5000})
+
+    digests = set()
+    for what, action in (("the stage, one core", stage), ("the writer alone, one shard", alone)):
+        times: dict[str, list[float]] = {name: [] for name in writers}
+        for name in list(writers) * (repeats + 1):
+            start = time.process_time()
+            action(writers[name])
+            times[name].append(time.process_time() - start)
+            if action is stage:
+                digests.add(tuple(entry.sha256 for entry in read_index(out / "people").shards))
+                shutil.rmtree(out)
+        ratios = [a / b for a, b in zip(*(times[name][1:] for name in writers), strict=True)]  # the first imports
+        seconds_each = ", ".join(f"{name} {statistics.median(values[1:]):.2f} s" for name, values in times.items())
+        print(
+            f"{what}: {seconds_each} of CPU; {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    print(f"  shards of equal bytes: {'yes' if len(digests) == 1 else 'NO'}")
+    code = "import time; a = time.process_time(); import webdataset; print(time.process_time() - a)"
+    imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    print(f"  importing webdataset, once a process: {float(imported):.2f} s")
+
+
 def _round(raw: Path, cold: bool, action: Callable[[], Any]) -> float:
     if cold:
         for path in raw.iterdir():
@@ -261,6 +350,7 @@ def main() -> None:
     print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}")
     for measure, wanted in (
         (lambda folder: measure_speed(folder, options.images, options.repeats), options.images > 0),
+        (lambda folder: measure_writers(folder, options.images, options.repeats), options.images > 0),
         (lambda folder: measure_memory(folder, options.annotations_gb), options.annotations_gb > 0),
     ):
         if wanted:

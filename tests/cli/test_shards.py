@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from cigpose.cli.main import main
+from cigpose.config.params_file import write_params
 from cigpose.draw import LEFT, RIGHT
-from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet, open_address
+from cigpose.loader.shards import open_address
+from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet
 
 
 def inspect(*arguments: object) -> int:
@@ -39,6 +42,36 @@ def test_inspect_names_what_was_left_out_and_mended(tiny_shards: Any, capsys: py
     printed = capsys.readouterr().out
     for text in ("left out: 1,234 crowd", "mended: 2 swapped size", "unreadable: 1, such as person 7"):
         assert text in printed
+
+
+def test_verifying_reads_every_picture_of_every_shard(tiny_shards: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_shards.write("a", [2, 1])
+    assert inspect(folder, "--verify", "--persons", 0) == 0
+    assert "every picture decodes" in capsys.readouterr().out
+    tiny_shards.pack(folder / "a-00001.tar", {"9.jpg": b"x", "9.json": b'{"width":9,"height":9,"persons":[]}'})
+    entries = json.loads((folder / "index.json").read_text())["shards"]
+    tiny_shards.index(folder, [entries[0], {**entries[1], "persons": 0}])
+    assert inspect(folder, "--persons", 0) == 0
+    assert inspect(folder, "--verify", "--persons", 0) == 2
+    assert "a-00001.tar: 9.jpg: cannot be decoded; 1 bytes" in capsys.readouterr().err
+
+
+def test_a_sheet_shows_the_transforms_of_the_user(
+    tiny_shards: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = tiny_shards.write("a", [2]), tiny_shards.config("a")
+    changed = replace(config.augmentation.stage2, extra=({"InvertImg": {"p": 1.0}}, {"HorizontalFlip": None}))
+    config = replace(config, augmentation=replace(config.augmentation, stage2=changed))
+    write_params(config, tmp_path / "params.yaml")
+    assert inspect(folder, "--params", tmp_path / "params.yaml", "--sheet", tmp_path / "sheet.png") == 0
+    assert "augmentation.stage2.extra: InvertImg {'p': 1.0}, HorizontalFlip\n" in capsys.readouterr().out
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    write_params(
+        replace(config, augmentation=replace(config.augmentation, stage2=replace(changed, extra=()))),
+        tmp_path / "p.yaml",
+    )
+    assert inspect(folder, "--params", tmp_path / "p.yaml", "--sheet", tmp_path / "other.png") == 0
+    assert not np.array_equal(sheet, cv2.imread(str(tmp_path / "other.png")))
 
 
 @pytest.mark.parametrize("num_persons", [1, 5, 100])
@@ -85,13 +118,17 @@ def test_other_seeds_show_other_persons(tiny_shards: Any) -> None:
         (["nowhere"], "nowhere/index.json: not found"),
         (["{folder}", "--preset", "quickstart"], "17 keypoints (coco), but params.yaml asks for 133"),
         (["{folder}", "--params", "nowhere.yaml"], "nowhere.yaml: not found"),
+        (
+            ["{folder}", "--params", "wrong.yaml"],
+            "augmentation.stage1.extra[0]: albumentations has no transform 'Blurr'",
+        ),
         (["{folder}", "--preset", "nothing"], "preset 'nothing' does not exist"),
         (
             ["{folder}", "--preset", "cigpose-m_coco_256x192", "--sheet", "sheet.what"],
             "sheet.what: not a kind of picture",
         ),
     ],
-    ids=["no shards", "other keypoints", "no params", "no preset", "no picture format"],
+    ids=["no shards", "other keypoints", "no params", "no transform", "no preset", "no picture format"],
 )
 def test_mistakes_are_one_sentence(
     tiny_shards: Any,
@@ -101,7 +138,9 @@ def test_mistakes_are_one_sentence(
     arguments: list[str],
     message: str,
 ) -> None:
-    folder = tiny_shards.write("a", [1])
+    folder, config = tiny_shards.write("a", [1]), tiny_shards.config("a")
+    wrong = replace(config.augmentation.stage1, extra=({"Blurr": None},))
+    write_params(replace(config, augmentation=replace(config.augmentation, stage1=wrong)), tmp_path / "wrong.yaml")
     monkeypatch.chdir(tmp_path)
     assert inspect(*(argument.format(folder=folder) for argument in arguments)) == 2
     assert message in capsys.readouterr().err

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,9 @@ from cigpose.crop import box_to_center_scale, crop_image, crop_matrix, crop_to_i
 from cigpose.keypoints import COCO, COCO_WHOLEBODY
 from cigpose.loader.augment import (
     PersonBox,
-    PixelAugmentation,
     augment_person,
     change_box,
-    change_hsv,
     draw_box_change,
-    draw_hsv_gains,
     flip,
     half_body,
     person_matrix,
@@ -351,113 +347,3 @@ def test_a_crop_far_outside_the_picture_is_black(center: tuple[float, float], sc
     image = np.full((60, 60, 3), 255, dtype=np.uint8)
     crop = crop_image(image, crop_matrix(np.array(center), np.array([scale, scale]), 0.0, (48, 48)), (48, 48))
     assert crop[:20, :20].max() == 0
-
-
-def hsv_gains(folder: Path, seed: int) -> list[int]:
-    """The reference's draws of a seed."""
-    cases = json.loads((folder / "hsv.json").read_text())["cases"]
-    return next(case["gains"] for case in cases if case["seed"] == seed)
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_hsv_changes_of_pixels_equal_the_reference(folder: Path, pixels: dict[str, np.ndarray], seed: int) -> None:
-    before, after = (pixels[f"256x192_ann437295{suffix}/pixel"][None] for suffix in ("", f"_hsv_seed{seed}"))
-    changed = change_hsv(np.ascontiguousarray(before[..., ::-1]), hsv_gains(folder, seed))[..., ::-1]
-    assert np.abs(changed.astype(int) - after).max() <= GREY_LEVEL
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_hsv_changes_of_whole_crops_equal_the_reference(large_folder: Path, seed: int) -> None:
-    crop = reference_crop(large_folder, "256x192_ann437295").astype(np.uint8)[..., ::-1]
-    changed = change_hsv(np.ascontiguousarray(crop), hsv_gains(large_folder, seed))[..., ::-1]
-    assert np.abs(changed - reference_crop(large_folder, f"256x192_ann437295_hsv_seed{seed}")).max() <= GREY_LEVEL
-
-
-@pytest.mark.parametrize("gains", [(0, 0, 0), (5, 30, -30), (-5, -30, 30), (90, 255, -255), (-170, -999, 999)])
-def test_hsv_changes_are_the_plain_formula(gains: tuple[int, int, int]) -> None:
-    crop = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    kept = crop.copy()
-    hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV).astype(int) + gains
-    hsv[..., 0] %= 180
-    expected = cv2.cvtColor(np.clip(hsv, 0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
-    np.testing.assert_array_equal(change_hsv(crop, gains), expected)
-    np.testing.assert_array_equal(crop, kept)
-
-
-def test_hsv_gains_have_the_reference_distribution(folder: Path) -> None:
-    expected = json.loads((folder / "hsv.json").read_text())["statistics"]
-    rng, num = np.random.default_rng(0), 20_000
-    gains = np.array([draw_hsv_gains(rng, AugmentationStage()) for _ in range(num)])
-    np.testing.assert_allclose((gains == 0).mean(axis=0), expected["fraction_zero"], atol=4 * 0.5 / np.sqrt(num))
-    np.testing.assert_array_equal(gains.min(axis=0), expected["min"])
-    np.testing.assert_array_equal(gains.max(axis=0), expected["max"])
-    np.testing.assert_allclose(gains.std(axis=0), expected["std"], rtol=0.03)
-
-
-def quiet(**changes: float) -> AugmentationStage:
-    """A stage without any pixel change but those named."""
-    values = {"hsv_delta": (0, 0, 0), "blur_prob": 0.0, "median_blur_prob": 0.0, "dropout_prob": 0.0, **changes}
-    return AugmentationStage(**values)  # type: ignore[arg-type]
-
-
-def test_dropout_has_the_reference_distribution(folder: Path) -> None:
-    expected = json.loads((folder / "coarse_dropout_statistics.json").read_text())
-    height, width = expected["image_hw"]
-    augmentation, rng, num = PixelAugmentation(quiet(dropout_prob=1.0)), np.random.default_rng(0), 1500
-    white = np.full((height, width, 3), 255, dtype=np.uint8)
-    holes = []
-    for _ in range(num):
-        rows, columns = np.nonzero(augmentation(white, rng)[..., 0] == 0)
-        top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
-        assert len(rows) == (bottom - top) * (right - left)
-        holes.append(((bottom - top) / height, (right - left) / width, top, left))
-    levels = expected["quantile_levels"]
-    found = np.quantile(np.array(holes, dtype=float), levels, axis=0).T
-    names = ("hole_height_fraction", "hole_width_fraction", "hole_top", "hole_left")
-    # Uniform draws: 4 standard errors of a level (0.052 here), times the range, and a pixel for rounding.
-    for name, values, spread, pixel in zip(names, found, (0.2, 0.2, 205, 154), (1 / 256, 1 / 192, 1, 1), strict=True):
-        np.testing.assert_allclose(values, expected[f"{name}_quantiles"], atol=0.052 * spread + 2 * pixel)
-
-
-@pytest.mark.parametrize("name", ["blur_prob", "median_blur_prob"])
-def test_blurs_come_with_their_probability_and_every_odd_size(name: str) -> None:
-    augmentation, rng = PixelAugmentation(quiet(**{name: 0.5})), np.random.default_rng(0)
-    crop = np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8)
-    plain = change_hsv(crop, (0, 0, 0))
-    known = {plain.tobytes(): 0}
-    for size in (3, 5, 7):
-        blurred = cv2.blur(plain, (size, size)) if name == "blur_prob" else cv2.medianBlur(plain, size)
-        known[blurred.tobytes()] = size
-    sizes = [known[augmentation(crop, rng).tobytes()] for _ in range(1200)]
-    assert abs(np.mean([size == 0 for size in sizes]) - 0.5) < 4 * 0.5 / np.sqrt(1200)
-    for size in (3, 5, 7):
-        assert abs(sizes.count(size) / 1200 - 1 / 6) < 4 * np.sqrt(1 / 6 / 1200)
-
-
-def test_dropout_is_what_albumentations_makes_of_the_same_draws() -> None:
-    augmentation, plain = PixelAugmentation(quiet(dropout_prob=1.0)), np.full((64, 48, 3), 200, dtype=np.uint8)
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        expected = change_hsv(plain, draw_hsv_gains(rng, quiet()))
-        rng.random(3)
-        dropout = augmentation._dropout
-        dropout.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
-        expected = dropout(image=expected)["image"]
-        np.testing.assert_array_equal(augmentation(plain, np.random.default_rng(seed)), expected)
-
-
-def test_albumentations_is_not_called_unless_a_draw_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    augmentation = PixelAugmentation(quiet())
-    for _, transform in augmentation._steps:
-        monkeypatch.setattr(type(transform), "set_random_state", lambda *_, **__: pytest.fail("called"))
-    augmentation(np.zeros((8, 8, 3), dtype=np.uint8), np.random.default_rng(0))
-
-
-def test_equal_generators_give_equal_pixels_whatever_came_before() -> None:
-    crop = np.random.default_rng(1).integers(0, 256, (64, 48, 3), dtype=np.uint8)
-    stage = AugmentationStage(blur_prob=0.5, median_blur_prob=0.5)
-    used = PixelAugmentation(stage)
-    for seed in range(20):
-        used(crop, np.random.default_rng(1000 + seed))
-        fresh = PixelAugmentation(stage)(crop, np.random.default_rng(seed))
-        np.testing.assert_array_equal(used(crop, np.random.default_rng(seed)), fresh)

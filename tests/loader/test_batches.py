@@ -25,7 +25,7 @@ from cigpose.files.errors import DataError, FetchError, MissingError
 from cigpose.loader import crops as crops_module
 from cigpose.loader import shards as shardset
 from cigpose.loader.batches import eval_loader, train_loader
-from cigpose.loader.crops import WantedPicture, reduced_matrix
+from cigpose.loader.crops import reduced_matrix
 
 
 def keys_of(batches: Iterable[dict[str, Any]]) -> list[str]:
@@ -59,9 +59,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     decode = crops_module.decode_picture
 
-    def spy(picture: Any, *rest: Any) -> np.ndarray:
-        seen.append(f"{picture.dataset}/{picture.key}")
-        return decode(picture, *rest)
+    def spy(where: str, *rest: Any) -> np.ndarray:
+        tar, _, picture = where.partition(": ")
+        seen.append(f"{Path(tar).parent.name}/{picture.removesuffix('.jpg')}")
+        return decode(where, *rest)
 
     monkeypatch.setattr(crops_module, "decode_picture", spy)
     return seen
@@ -271,8 +272,7 @@ def test_pictures_are_decoded_as_rgb(factor: int) -> None:
     blue = np.zeros((40, 56, 3), dtype=np.uint8)
     blue[..., 0] = 255  # as OpenCV writes: BGR
     raw = cv2.imencode(".jpg", blue)[1].tobytes()
-    picture = WantedPicture(Path("a-00000.tar"), "a", "blue", (0, 0), (0, len(raw)), (0,), (0,), (0,))
-    image = crops_module.decode_picture(picture, raw, factor, (56, 40))
+    image = crops_module.decode_picture("blue", raw, factor, (56, 40))
     assert image.shape == (40 // factor, 56 // factor, 3)
     assert image[..., 2].min() > 250 and image[..., :2].max() < 5
 
@@ -430,7 +430,7 @@ def test_shards_of_another_keypoint_set_are_refused(tiny_shards: Any) -> None:
 def test_detections_asked_for_where_there_are_none_are_an_error(tiny_shards: Any) -> None:
     tiny_shards.write("a", [1])
     config = tiny_shards.config("a", evaluate={"boxes": "detections"})
-    with pytest.raises(DataError, match=r"holds no detections, but evaluate\.boxes is 'detections'"):
+    with pytest.raises(DataError, match=r"holds no detections, but `boxes` \(of evaluate; .*\) is 'detections'"):
         eval_loader(config, "a", rank=0, world=1, root=tiny_shards.root)
 
 

@@ -182,7 +182,7 @@ def test_a_rendering_whose_worker_is_killed_ends_with_one_sentence_and_the_old_f
     code, out, err = stage.end()
     assert (code, out) == (1, "")
     assert err == (
-        "one of the processes that share the work was killed (out of memory?). Nothing was changed; run again.\n"
+        "render: one of the processes that share the work was killed (out of memory?). Nothing was changed; run again.\n"
     )
     assert_gone(stage.workers)
     assert left_in(folder / "data") == ["annotations.json", "images.zip"]
@@ -197,7 +197,7 @@ def test_a_terminated_rendering_leaves_no_process_and_what_it_left_is_cleared_by
     stage.wait_for_workers(at_work(folder))
     code, out, err = start(folder, "render", "rendered-val").end()
     assert (code, out) == (1, "")
-    assert err.startswith(f"a rendering of rendered-val is running already (process {stage.process.pid} on ")
+    assert err.startswith(f"render: a rendering of rendered-val is running already (process {stage.process.pid} on ")
     helpers = psutil.Process(stage.process.pid).children(recursive=True)
     stage.process.terminate()
     assert stage.process.wait(10) == -signal.SIGTERM
@@ -212,5 +212,5 @@ def test_a_rendering_puts_nobodys_files_away(tmp_path: Path, sharder: Any, start
     folder = make_rendering(tmp_path / "project", sharder)
     (folder / "data/raw/rendered-val/notes.txt").write_text("precious")
     code, _, err = start(folder, "render", "rendered-val").end()
-    assert code == 1 and err.startswith(str(folder / "data/raw/rendered-val/notes.txt") + ": not made by a rendering")
+    assert code == 1 and err.startswith(f"render: {folder}/data/raw/rendered-val/notes.txt: not made by a rendering")
     assert (folder / "data/raw/rendered-val/notes.txt").read_text() == "precious"

@@ -21,6 +21,7 @@ from cigpose.shard import jobs as shard_jobs
 from cigpose.shard import tars
 from cigpose.shard import write as shards
 from cigpose.shard.index import ShardIndex, parse_index, read_index, verify
+from cigpose.shard.tars import members
 from cigpose.shard.write import write_dataset
 
 KEYPOINTS = {"name": "stick", "names": ["head", "foot"], "sigmas": [0.05, 0.05]}
@@ -217,19 +218,34 @@ def test_a_run_that_fails_keeps_the_dataset_of_the_run_before(raw: Path, sharder
 
 
 def test_a_full_disk_is_said_with_the_file(raw: Path, sharder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
+    write = os.write
 
-    monkeypatch.setattr(os, "writev", full)
-    with pytest.raises(OSError, match=r"No space left on device after 0 bytes: .*people-00000.tar.part"):
+    def full(descriptor: int, data: Any) -> int:
+        if os.fstat(descriptor).st_size >= 3000:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, memoryview(data)[:3000])
+
+    monkeypatch.setattr(tars.os, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device after 3000 bytes: .*people-00000.tar.part"):
         sharder(raw, **OWN)
     assert not list(sharder.root.glob("*"))
 
 
 def test_a_write_cut_short_is_finished(raw: Path, sharder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = sharder(raw, **OWN).shards
-    monkeypatch.setattr(os, "writev", lambda file, pieces: os.write(file, b"".join(pieces)[:100]))
+    expected, write = sharder(raw, **OWN).shards, os.write
+    monkeypatch.setattr(tars.os, "write", lambda file, data: write(file, memoryview(data)[:1000]))
     assert sharder(raw, **OWN).shards == expected
+
+
+def test_a_shard_is_what_the_plain_format_makes_of_its_members(raw: Path, sharder: Any) -> None:
+    sharder(raw, **OWN)
+    path, plain = sharder.folder / "people-00000.tar", io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members(path):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert path.read_bytes() == plain.getvalue()
 
 
 def test_processes_are_started_only_where_there_is_much_to_do(
