@@ -182,7 +182,8 @@ def test_a_rendering_whose_worker_is_killed_ends_with_one_sentence_and_the_old_f
     code, out, err = stage.end()
     assert (code, out) == (1, "")
     assert err == (
-        "render: one of the processes that share the work was killed (out of memory?). Nothing was changed; run again.\n"
+        "render: one of the processes that share the work was killed (out of memory?). "
+        "Nothing was changed; run again.\n"
     )
     assert_gone(stage.workers)
     assert left_in(folder / "data") == ["annotations.json", "images.zip"]
