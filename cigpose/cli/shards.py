@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from cigpose.config import load_params, load_preset
+from cigpose.files.atomic import write_bytes
 from cigpose.progress import progress
 
 
@@ -59,8 +60,7 @@ def main(options: argparse.Namespace) -> None:
             f"{path}: not a kind of picture that can be written. Give --sheet a suffix such as .jpg or .png."
         )
     sheet = contact_sheet(shards, config, num_persons=options.persons, seed=options.seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, sheet)[1].tobytes())
+    write_bytes(path, cv2.imencode(path.suffix, sheet)[1].tobytes())
     print(f"\n{path}: each person as cut out for evaluation, then as augmented by stage 1 and stage 2.")
     for stage in ("stage1", "stage2"):
         added = [

@@ -6,8 +6,6 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import os
-import tempfile
 import textwrap
 import typing
 from pathlib import Path
@@ -17,6 +15,7 @@ import yaml
 
 from cigpose.config import Config
 from cigpose.config.schema import to_mapping
+from cigpose.files.atomic import write_text
 
 WIDTH = 120
 COMMENT_COLUMN = 52
@@ -33,13 +32,7 @@ def params_text(config: Config) -> str:
 
 def write_params(config: Config, path: Path) -> None:
     """Write params.yaml whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(params_text(config))
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_text(path, params_text(config))
 
 
 def _section(section: Any, depth: int) -> list[str]:

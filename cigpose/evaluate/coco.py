@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from cigpose.config.outcome import CROWDING, FIGURES
 from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth
 from cigpose.evaluate.oks import select_persons
 from cigpose.evaluate.predictions import Predictions
+from cigpose.files.atomic import written_file
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 MAX_PERSONS_PER_IMAGE = 20
@@ -280,20 +280,14 @@ def write_coco_results(
         category_id: of persons.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows = np.flatnonzero((scored.detections[..., 2] > 0).any(axis=1))
-    try:
-        with temporary.open("w", encoding="ascii") as file:
-            file.write("[")
-            for count, i in enumerate(rows):
-                file.write(",\n" if count else "\n")
-                entry = _result_entry(scored, int(i), keypoint_set, category_id)
-                file.write(json.dumps(entry, separators=(",", ":")))
-            file.write("\n]\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_file(path) as part, part.open("w", encoding="ascii") as file:
+        file.write("[")
+        for count, i in enumerate(rows):
+            file.write(",\n" if count else "\n")
+            entry = _result_entry(scored, int(i), keypoint_set, category_id)
+            file.write(json.dumps(entry, separators=(",", ":")))
+        file.write("\n]\n")
     return path
 
 

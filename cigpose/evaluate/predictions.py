@@ -6,12 +6,13 @@ N persons, K keypoints.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from cigpose.files.atomic import written_file
 
 # Field -> (dtype, shape after N); K stands for the number of keypoints.
 FIELDS: dict[str, tuple[type, tuple[int | str, ...]]] = {
@@ -90,14 +91,8 @@ class Predictions:
     def save(self, path: str | Path) -> Path:
         """Write a compressed .npz, by way of a temporary name; equal contents give equal bytes."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **{name: getattr(self, name) for name in FIELDS})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_file(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **{name: getattr(self, name) for name in FIELDS})
         return path
 
     @classmethod

@@ -6,7 +6,6 @@ N predicted persons, K keypoints.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from cigpose.draw import pack_pictures
 from cigpose.evaluate.gallery import image_tile
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predictions import Predictions
+from cigpose.files.atomic import write_json, written_file
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 PCK_DISTANCES = (0.02, 0.05, 0.1)
@@ -49,21 +49,19 @@ def parts_table(metrics: Mapping[str, float]) -> str:
 
 def write_parts_csv(metrics: Mapping[str, float], path: Path) -> Path:
     """`part,AP,AP50,AP75,AR`, a row per part, for `dvc plots`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = ("AP", "AP50", "AP75", "AR")
-    with path.open("w", newline="", encoding="ascii") as file:
+    with written_file(path) as part, part.open("w", newline="", encoding="ascii") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("part", *columns))
-        for part, row in nested(metrics).items():
+        for name_of_part, row in nested(metrics).items():
             if all(name in row for name in columns):
-                writer.writerow((part, *(f"{row[name]:.6f}" for name in columns)))
+                writer.writerow((name_of_part, *(f"{row[name]:.6f}" for name in columns)))
     return path
 
 
 def write_metrics_json(metrics: Mapping[str, float], path: Path) -> Path:
     """Nested by part, full precision, sorted as evaluated."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(nested(metrics), indent=1) + "\n", encoding="ascii")
+    write_json(path, nested(metrics))
     return path
 
 

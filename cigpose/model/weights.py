@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from cigpose.config import Config, config_from_mapping
 from cigpose.config.schema import ConfigError
+from cigpose.files.atomic import write_bytes
 from cigpose.model.estimator import CIGPose, RTMPose, build_model
 
 log = logging.getLogger(__name__)
@@ -176,14 +176,7 @@ def save_weights(
     refuse_non_finite(state_dict, path)
     tensors = {key: value.detach().cpu().contiguous() for key, value in state_dict.items()}
     metadata = {**(extra or {}), CONFIG_KEY: json.dumps(config.to_public_mapping(), sort_keys=True)}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_bytes(safetensors.torch.save(tensors, metadata))
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

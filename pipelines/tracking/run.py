@@ -23,6 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from cigpose.config import Config, load_preset, presets
+from cigpose.config.schema import leaves
 from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.atomic import write_json, write_text
 from cigpose.shard.index import read_index
@@ -152,15 +153,9 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 _tell_once = functools.cache(log.warning)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(values: Mapping[str, Any]) -> dict[str, str]:
     """Nested parameters as `section.key` -> text; lists and empty mappings as JSON."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+    return {path: value if isinstance(value, str) else json.dumps(value) for path, value in leaves(values).items()}
 
 
 def run_name(config: Config) -> str:
