@@ -118,7 +118,7 @@ def test_first_weights_come_from_any_address_and_a_missing_file_is_named(project
     status, out, err = project.run("pretrained")
     assert (status, err) == (
         1,
-        f"{host.address}/models/mine.pth: HTTP 404. Correct the address in params.yaml.\n",
+        f"download: {host.address}/models/mine.pth: HTTP 404. Correct the address in params.yaml.\n",
     )
     assert (project.raw("pretrained") / "mine.pth").is_file()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,12 @@ from cigpose.shard.index import parse_index
 from pipelines import locate
 
 
-def located(key: str, locations: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> object:
-    """What the stage `locate` ends with, in the working directory: None, or its sentence."""
+def located(key: str, locations: dict[str, str]) -> int:
+    """The status that the stage `locate` ends with, in the working directory."""
     config = load_preset("quickstart")
     config.data.locations.update(locations)
     write_params(config, Path("params.yaml"))
-    monkeypatch.setattr(sys, "argv", ["pipelines.locate", key])
-    try:
-        locate.main()
-    except SystemExit as end:
-        return end.code
-    return None
+    return locate.main([key])
 
 
 def test_the_index_behind_http_is_kept_whole_and_only_then(
@@ -39,16 +33,19 @@ def test_the_index_behind_http_is_kept_whole_and_only_then(
     host.put("/people/index.json", text.encode())
     secret = host.address.replace("//", "//me:SECRET@")
     locations = {"people": f"{secret}/people", "nobody": f"{secret}/nobody"}
-    assert located("people", locations, monkeypatch) is None
+    assert located("people", locations) == 0
     assert f"{host.address}/people: 1 shards, 8 persons" in capsys.readouterr().out
     kept = tmp_path / "data/shards/people.json"
     assert parse_index(kept.read_text(), "kept") == parse_index(text, "there")
-    sentence = f"locate: {host.address}/nobody/index.json: HTTP 404. Correct the address in params.yaml."
-    assert located("nobody", locations, monkeypatch) == sentence
+    assert located("nobody", locations) == 1
+    sentence = f"locate: {host.address}/nobody/index.json: HTTP 404. Correct the address in params.yaml.\n"
+    assert capsys.readouterr().err == sentence
     host.put("/people/index.json", text.replace("cd" * 32, "../..").encode())
-    assert "the sha256 of people-00000.tar is '../..'" in str(located("people", locations, monkeypatch))
+    assert located("people", locations) == 1
+    assert "the sha256 of people-00000.tar is '../..'" in capsys.readouterr().err
     assert parse_index(kept.read_text(), "kept") == parse_index(text, "there")
-    assert str(located("strangers", {}, monkeypatch)) == "params.yaml: data.locations has no 'strangers'. Known: none."
+    assert located("strangers", {}) == 1
+    assert "params.yaml: data.locations has no 'strangers'. Known: none." in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_of_two_that_settle_at_a_server_or_one_at_its_database_the_better_is_cha
     mlflow_server.start()
     raced = Raced(mlflow_server.address)
     run_races(raced, (raced.address, raced.address), max(2, ROUNDS // 2))
-    run_races(raced, (raced.address, f"sqlite:///{project}/mlflow.db"), 1, start=0.5)
+    run_races(raced, (raced.address, f"sqlite:///{mlflow_server.folder}/mlflow.db"), 1, start=0.5)
 
 
 @pytest.mark.slow

@@ -87,9 +87,9 @@ def test_a_transform_that_does_not_exist_is_said_before_anything_is_trained(
     stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage.params(augmentation__stage2__extra=[{"RandomBrightnesContrast": {"p": 0.2}}])
-    code, _ = outcome_of(capsys)
-    assert str(code).startswith("train: augmentation.stage2.extra[0]: albumentations has no transform 'RandomBrightnes")
-    assert str(code).endswith("Did you mean 'RandomBrightnessContrast'?") and not trained
+    code, output = outcome_of(capsys)
+    assert output.startswith("train: augmentation.stage2.extra[0]: albumentations has no transform 'RandomBrightnesC")
+    assert code == 1 and output.rstrip().endswith("Did you mean 'RandomBrightnessContrast'?") and not trained
 
 
 def test_changed_first_weights_are_another_run(
