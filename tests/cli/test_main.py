@@ -112,6 +112,7 @@ assert main([*predict, "--model", "model.onnx", "--out", "onnx"]) == 0
     assert record["persons"] == expected
 
 
+@pytest.mark.slow
 def test_a_command_without_its_files_is_a_sentence_in_a_fresh_process(tmp_path: Path) -> None:
     code = """
 from cigpose.cli.main import main

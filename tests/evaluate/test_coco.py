@@ -86,6 +86,7 @@ def test_every_figure_of_every_part_equals_the_reference(case: Case) -> None:
     agree(metrics, main, case.expected["returned_by_metric"])
 
 
+@pytest.mark.slow
 def test_every_variant_of_the_protocol_equals_the_reference(case: Case) -> None:
     rules = {"bbox": "box", "keypoint": "keypoints"}
     for name, variant in case.expected["variants"].items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_gpu_check_without_a_gpu_says_so_and_leaves_the_page(root: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

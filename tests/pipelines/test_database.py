@@ -73,6 +73,7 @@ def test_a_set_up_without_room_is_one_sentence_and_leaves_nothing(project: Path)
     assert connect(address).search_experiments(max_results=1)
 
 
+@pytest.mark.slow
 def test_an_empty_file_is_no_database_yet(project: Path) -> None:
     (project / "mlflow.db").write_bytes(b"")
     assert connect(f"sqlite:///{project}/mlflow.db").search_experiments(max_results=1)

@@ -96,6 +96,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_no_sources_give_a_folder_that_dvc_can_track(project: Project) -> None:
     project.params(sources={})
     process = project.start("pretrained")

@@ -166,6 +166,7 @@ def test_what_measured_nothing_is_no_champion(raced: Raced) -> None:
     assert raced.settle(raced.add(0.2)) == "first"
 
 
+@pytest.mark.slow
 def test_a_champion_that_was_put_back_by_hand_is_not_promoted_again(raced: Raced) -> None:
     first, second = raced.add(0.1), raced.add(0.2)
     assert (raced.settle(first), raced.settle(second)) == ("first", "better")

@@ -111,6 +111,7 @@ def test_a_stage_that_fails_at_once_is_not_tried_again_but_one_that_fails_late_i
     assert not train.allows_retry(KeyboardInterrupt())
 
 
+@pytest.mark.slow
 def test_importing_the_flow_asks_no_server(toy: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         (toy / ".prefect").mkdir()

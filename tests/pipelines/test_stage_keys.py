@@ -50,6 +50,7 @@ def pipeline(tmp_path: Path, root: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_key_with_shell_text_in_it_runs_nothing_and_is_refused_in_one_sentence(pipeline: Path) -> None:
     values = load_preset("quickstart").to_mapping()
     drawing, people = values["data"]["render"]["rendered-val"], values["data"]["datasets"]["rendered-val"]

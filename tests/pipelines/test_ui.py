@@ -223,6 +223,7 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+@pytest.mark.slow
 def test_a_broken_params_file_is_one_sentence(project: Path) -> None:
     (project / "params.yaml").write_text("name: x\nsed: 1\n")
     run = subprocess.run([sys.executable, "-m", "pipelines.ui"], cwd=project, capture_output=True, text=True)

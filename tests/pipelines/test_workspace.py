@@ -45,6 +45,7 @@ def repro(workspace: Workspace, *stages: str) -> None:
         dvc(workspace.folder, "repro", "--single-item", "--quiet", stage)
 
 
+@pytest.mark.slow
 def test_a_run_in_the_workspace_leaves_the_users_tree_as_it_is_and_comes_back_as_an_experiment(toy: Path) -> None:
     dvc(toy, "repro", "--quiet")
     (toy / "data/raw/coco/.partial").mkdir()
@@ -80,6 +81,7 @@ def test_a_run_in_the_workspace_leaves_the_users_tree_as_it_is_and_comes_back_as
     assert (toy / "idea.py").exists() and not stale_stages(toy)
 
 
+@pytest.mark.slow
 def test_the_next_workspace_goes_on_where_a_stopped_one_was_and_the_users_data_stay(toy: Path) -> None:
     first = make_workspace(toy)
     assert {"render@rendered-train", "download", "train"} <= set(stale_stages(first.folder))

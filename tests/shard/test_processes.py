@@ -120,6 +120,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
 
 
+@pytest.mark.slow
 def test_a_second_sharding_of_a_dataset_is_told_who_is_there_and_harms_nothing(
     tmp_path: Path, sharder: Any, start: Any
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_second_sharding_of_a_dataset_is_told_who_is_there_and_harms_nothing(
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_killed_sharding_leaves_no_process_and_no_claim(
     tmp_path: Path, sharder: Any, start: Any, sign: signal.Signals
 ) -> None:
@@ -156,6 +158,7 @@ def test_a_killed_sharding_leaves_no_process_and_no_claim(
         pass
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_sharding_that_is_killed_is_one_sentence(tmp_path: Path, sharder: Any, start: Any) -> None:
     folder = make_experiment(tmp_path / "project", sharder)
     stage = start(folder, "shard", "people")
@@ -190,6 +193,7 @@ def test_a_rendering_whose_worker_is_killed_ends_with_one_sentence_and_the_old_f
     assert (folder / "data/raw/rendered-val/images.zip").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_a_terminated_rendering_leaves_no_process_and_what_it_left_is_cleared_by_the_next(
     tmp_path: Path, sharder: Any, start: Any
 ) -> None:

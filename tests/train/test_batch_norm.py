@@ -57,6 +57,7 @@ def answers() -> list[Any]:
     return two_ranks.run(two_ranks.both)
 
 
+@pytest.mark.slow
 def test_two_workers_normalise_as_torchs_own_does_in_each_of_its_ways(answers: Any) -> None:
     by_rank = [norms for norms, _training in answers]
     layer, (x, weights) = two_ranks.make_layer().double(), two_ranks.make_values()

@@ -171,6 +171,7 @@ def test_auto_precision_is_bf16_only_where_the_processor_has_it(tiny_config: Any
         assert resolved_precision(config, CPU) == expected
 
 
+@pytest.mark.slow
 def test_a_compiled_training_takes_the_same_step(tiny_config: Any, batch: Any, monkeypatch: Any) -> None:
     # captured and differentiated by the compiler, but not turned into machine code, which takes minutes
     monkeypatch.setattr(
