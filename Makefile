@@ -1,7 +1,7 @@
 # `make quickstart` and `make test` are all a fresh machine needs (Python 3.11 or later, git, gcc, make).
 PYTHON ?= python3
 VENV := .venv
-JOBS ?= 2# processes that run tests
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')# processes that run tests; they wait for servers as much as they compute
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1

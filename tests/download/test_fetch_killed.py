@@ -64,6 +64,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     return count
 
 
+@pytest.mark.slow
 def test_after_a_crash_between_any_two_changes_of_the_disk_a_rerun_ends_the_same(
     host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
