@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install constraints quickstart check test lint format retrain ui bench gpu-check clean
+.PHONY: help install constraints quickstart check test lint format retrain ui bench faults soak gpu-check clean
 
 help:                ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,13 @@ ui: install          ## Prefect server and MLflow UI on loopback
 
 bench: install       ## benchmarks: ratios against a reference in the same run
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; python $$file || exit 1; done
+
+faults: install      ## every cell of the matrix of faults that did not hold yet, and docs/reliability.md
+	@python tests/faults/run.py
+
+HOURS ?= 1
+soak: install        ## trainings, retrainings and registrations with random kills for HOURS=1
+	@python tests/faults/soak.py --hours $(HOURS)
 
 gpu-check:           ## on a machine with a GPU: tests and timings of the training step, into docs/performance.md
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py

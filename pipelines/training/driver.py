@@ -27,6 +27,8 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cigpose.config import ClusterConfig, Config
+from pipelines.training.keeper import kept
+from pipelines.training.local import LocalTorchConfig, is_gone, leave_ray, own_servers, settle_environment
 from pipelines.training.worker import work
 
 Event = dict[str, Any]
@@ -67,26 +69,39 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
     """
     for name, value in TUNED.items():
         os.environ.setdefault(name, value)
-    with _ray(config.train.cluster), _signals():
+    with _ray(config.train.cluster) as private, _signals():
         use_gpu = _check_resources(config.train.cluster)
         # here, beside the driver that reads it: a lost node must not take it along
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         settings = settings | {"config": config.to_mapping(), "mailbox": mailbox}
+        for left in Path(settings["run_folder"]).glob("ray-*"):  # of killed drivers: this one has the run to itself
+            shutil.rmtree(left, ignore_errors=True)
         storage = Path(settings["run_folder"]) / f"ray-{uuid.uuid4().hex[:8]}"
         try:
-            trainer = _trainer(config.train.cluster, settings, storage, use_gpu)
+            trainer = _trainer(config.train.cluster, settings, storage, _torch_config(use_gpu, private), use_gpu)
             return _follow(trainer, mailbox, on_event)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 
 
-def _trainer(cluster: ClusterConfig, settings: dict[str, Any], storage: Path, use_gpu: bool) -> TorchTrainer:
+def _torch_config(use_gpu: bool, private: Path | None) -> TorchConfig:
+    """How workers meet: in a folder of this machine if they are all here."""
+    common: dict[str, Any] = {
+        "backend": "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+        "timeout_s": COLLECTIVE_TIMEOUT_S,
+    }
+    return TorchConfig(**common) if private is None else LocalTorchConfig(**common, folder=str(private))
+
+
+def _trainer(
+    cluster: ClusterConfig, settings: dict[str, Any], storage: Path, torch_config: TorchConfig, use_gpu: bool
+) -> TorchTrainer:
     elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
     return TorchTrainer(  # Ray's annotations are those of its former Train API
         work,  # type: ignore[arg-type]
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
@@ -115,8 +130,11 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
+    servers = own_servers()
     while True:
         is_over = not thread.is_alive()
+        if gone := [server.pid for server in servers if is_gone(server)]:
+            raise TrainingError(_broken(f"process {gone[0]} has ended"))
         for event in _drain(mailbox):
             if event["event"] == "failed":  # another try would fail alike
                 raise TrainingError(event["message"])
@@ -126,6 +144,13 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
     if "error" in outcome:
         raise TrainingError(_explain(outcome["error"])) from outcome["error"]
     return outcome["result"]
+
+
+def _broken(how: str) -> str:
+    return (
+        f"Ray broke down ({how}). Was one of its processes killed, or is the memory full? Run again to go on from the "
+        "last checkpoint."
+    )
 
 
 def _drain(mailbox: Queue) -> Iterator[Event]:
@@ -150,25 +175,36 @@ def _explain(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _ray(cluster: ClusterConfig) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS, or start one here; leave or stop it at the end."""
+def _ray(cluster: ClusterConfig) -> Iterator[Path | None]:
+    """Join the cluster of RAY_ADDRESS, or start one here; leave or stop it at the end.
+
+    Gives the private folder of one that was started here.
+    """
+    with contextlib.ExitStack() as ends:
+        private = None if os.environ.get("RAY_ADDRESS") else ends.enter_context(kept())
+        ends.callback(leave_ray)
+        _start_ray(cluster, private)
+        try:
+            yield private
+        except RayError as err:
+            raise TrainingError(_broken(f"{type(err).__name__}: {str(err).strip().splitlines()[0]}")) from err
+
+
+def _start_ray(cluster: ClusterConfig, private: Path | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
-    else:
+    if private:
         needed = cluster.num_workers * cluster.threads_per_worker + 2
         options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-        options["address"] = "local"  # not some other Ray that runs here
+        options |= {"address": "local", "_temp_dir": str(private / "ray")}  # not some other Ray that runs here
+        settle_environment()
     try:
         ray.init(**options)
     except (RayError, ConnectionError, ValueError, RuntimeError) as err:
         where = f"joined at RAY_ADDRESS={address}" if address else "started"
         raise TrainingError(f"Ray could not be {where}: {err}") from err
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:
