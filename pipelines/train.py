@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cigpose.config import Config
-from cigpose.evaluate.checkpoint import open_shards
+from cigpose.evaluate.labels import open_shards
 from cigpose.loader.pixels import check_extra
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from pipelines.paths import DATA, SHARDS

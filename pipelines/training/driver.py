@@ -42,7 +42,7 @@ TUNED = {
 STARTS_WAITED_FOR = 60
 """Minutes that a joined cluster has for a lost node to return."""
 COLLECTIVE_TIMEOUT_S = 1800
-"""Longest that workers wait for one another: rank 0 scores a validation meanwhile."""
+"""Longest that workers wait for one another: rank 0 reads a checkpoint meanwhile."""
 
 
 class TrainingError(RuntimeError):

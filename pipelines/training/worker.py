@@ -19,7 +19,8 @@ from cigpose.evaluate.predictions import Predictions
 from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.divergence import NonFiniteLossError
-from cigpose.train.loop import Place, train
+from cigpose.train.loop import train
+from cigpose.train.place import Place
 from cigpose.train.state import TrainState
 
 CROPS_SHOWN = 16
