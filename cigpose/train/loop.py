@@ -52,7 +52,13 @@ class _Training:
     def __init__(self, config: Config, place: Place, listener: Listener) -> None:
         self.config, self.place, self.listener = config, place, listener
         self.is_first = place.rank == 0
-        self.state = build_state(config, rank=place.rank, device=place.device, root=place.root)
+        self.state = build_state(
+            config,
+            rank=place.rank,
+            device=place.device,
+            root=place.root,
+            pretrained=place.params.get("pretrained.sha256"),
+        )
         self.resumed = self._restore()
         self.steps_per_epoch = len(self._loader(0, 0)) // config.train.accumulate_steps
         self.rates = learning_rates(

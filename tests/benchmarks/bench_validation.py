@@ -25,6 +25,7 @@ from cigpose.config import config_from_mapping, load_preset
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.labels import dataset_truth, open_shards
 from cigpose.evaluate.predictions import Predictions
+from cigpose.files.digest import sha256_of
 from cigpose.keypoints import COCO_WHOLEBODY
 from cigpose.train.scoring import Scorer
 
@@ -79,8 +80,9 @@ def write_labels(folder: Path, images: int) -> Predictions:
         "categories": [{"id": 1, "name": "person"}],
     }
     (folder / NAME).mkdir()
-    (folder / NAME / "labels.json").write_text(json.dumps(content))
-    index = shard_index(NAME, 1) | {"ground_truth": "labels.json"}
+    (folder / NAME / "ground_truth.json").write_text(json.dumps(content))
+    digest = sha256_of(folder / NAME / "ground_truth.json")
+    index = shard_index(NAME, 1) | {"ground_truth": "ground_truth.json", "ground_truth_sha256": digest}
     (folder / NAME / "index.json").write_text(json.dumps(index))
     (folder / NAME / index["shards"][0]["name"]).write_bytes(bytes(index["shards"][0]["bytes"]))
     return detect_people(image, corner, labels, images)
