@@ -20,7 +20,8 @@ import torch
 from cigpose.config import Config
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
-from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
+from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, sample_pictures
+from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS

@@ -85,7 +85,9 @@ class Config:
 
     def for_validation(self) -> Config:
         """The same experiment, whose `evaluate` is how epochs are measured while it trains."""
-        protocol = EvaluateConfig(**to_mapping(self.train.validation), batch=self.evaluate.batch)
+        # without gradients as many persons fit as in training, and a GPU wants many
+        batch = max(self.evaluate.batch, self.train.batch_per_worker)
+        protocol = EvaluateConfig(**to_mapping(self.train.validation), batch=batch)
         return dataclasses.replace(self, evaluate=protocol)
 
     def params_of(self, stage: str) -> dict[str, Any]:

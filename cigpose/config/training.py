@@ -191,9 +191,12 @@ class ClusterConfig:
     """Times Ray restarts dead workers from the last checkpoint."""
     min_workers: int | None = field(default=None, metadata=HOW)
     """Go on with fewer workers, down to this, when a node is lost; null: wait for it to return."""
+    wait_minutes: int = field(default=60, metadata=HOW)
+    """How long a joined cluster has to come up with nodes: those of autoscaling, and lost ones."""
 
     def __post_init__(self) -> None:
         require_between(self, 1, 100_000, "num_workers")
+        require_between(self, 1, 100_000, "wait_minutes")
         require_between(self, 1, self.num_workers, "min_workers")
         require_between(self, 1, 1024, "threads_per_worker")
         require_between(self, 0, 1_000_000, "max_failures")

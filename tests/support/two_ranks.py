@@ -39,9 +39,23 @@ def _join(function: Callable[[int], Any], rank: int, port: int) -> Any:
         distributed.destroy_process_group()
 
 
-def both(rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """`batch_norms` and `training`, for the start of the processes takes longest."""
-    return batch_norms(rank), training(rank)
+def both(rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Tensor]]:
+    """`batch_norms`, `training` and `received`, for the start of the processes takes longest."""
+    return batch_norms(rank), training(rank), received(rank)
+
+
+def make_tensors() -> dict[str, Tensor]:
+    """Of every kind that a checkpoint holds."""
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    return {"image": image.to(memory_format=torch.channels_last), "count": torch.tensor(3), "half": image.bfloat16()}
+
+
+def received(rank: int) -> dict[str, Tensor]:
+    """What this rank has of a checkpoint that rank 0 has read."""
+    from cigpose.train.workers import tensors_from_rank_0
+
+    return tensors_from_rank_0(make_tensors() if rank == 0 else None)
 
 
 def make_layer() -> nn.BatchNorm2d:
