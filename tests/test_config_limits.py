@@ -60,6 +60,7 @@ WORKS: dict[str, tuple[Any, ...]] = {
     "train.checkpoint.every_steps": (HUGE,),
     "train.checkpoint.every_minutes": (0,),
     "train.loader.processes": (0,),
+    "train.loader.cache_gb": (0,),
     "train.loader.shuffle_buffer": (0,),
     "train.cluster.max_failures": (0,),
     **{

@@ -195,6 +195,7 @@ def _plan(config: Config, key: str, partial: Path, intake: Intake) -> tuple[list
             persons_file=intake.persons_file,
             jpeg_quality=sharding.jpeg_quality,
             verify_images=sharding.verify_images,
+            shuffle=sharding.shuffle,
         )
         for i in range(count)
     ]
