@@ -27,7 +27,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cigpose.config import ClusterConfig, Config
-from pipelines.training.keeper import kept
+from pipelines.training.keeper import RAY, kept
 from pipelines.training.local import LocalTorchConfig, is_gone, leave_ray, own_servers, settle_environment
 from pipelines.training.worker import work
 
@@ -198,7 +198,7 @@ def _start_ray(cluster: ClusterConfig, private: Path | None) -> None:
     if private:
         needed = cluster.num_workers * cluster.threads_per_worker + 2
         options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-        options |= {"address": "local", "_temp_dir": str(private / "ray")}  # not some other Ray that runs here
+        options |= {"address": "local", "_temp_dir": str(private / RAY)}  # not some other Ray that runs here
         settle_environment()
     try:
         ray.init(**options)

@@ -60,7 +60,7 @@ PARAMS: dict[str, Any] = {
 }
 UNFINISHED = re.compile(r"(^|/)\.(?!runs/)|\.(part|partial|old|done)(/|$)|\.partial[-/]")
 """Names that say that what has them may be half of it."""
-PASSING = re.compile(r"\.lock$|-wal$|-shm$|\.pyc$|__pycache__$|(pictures|validation)/epoch-\d+-\d+\.jpg$")
+PASSING = re.compile(r"\.lock$|-wal$|-shm$|\.pyc$|__pycache__$|(pictures|validation)(/epoch-\d+-\d+\.jpg)?$")
 """Names that may be there or not: locks, and pictures that a driver shows while it is there."""
 KEYS = ("rendered-train", "rendered-val")
 
