@@ -106,8 +106,8 @@ BROKEN = [
 CELLS: list[Cell] = [
     # The files a stage makes: killed before each change of the disk.
     death("render", "killed before each change of the disk", EveryChange(), promise=2),
-    death("shard", "killed before each change of the disk", EveryChange(step=3), promise=2),
-    death("training", "killed before each change of the disk", EveryChange(step=11), promise=1),
+    death("shard", "killed before each change of the disk", EveryChange(step=6), promise=2),
+    death("training", "killed before each change of the disk", EveryChange(step=15), promise=1),
     death("shard", "a worker killed while it writes a shard", At(at=TAR, nth=2), "sentence", says="was killed"),
     death("shard", "SIGTERM while a shard is written", At(at=TAR, do="TERM", whom="main"), promise=2),
     death("shard", "the power goes while a shard is written", At(at=TAR, nth=2, whom="all"), promise=2, sample=True),
