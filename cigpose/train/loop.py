@@ -241,6 +241,8 @@ class _Training:
     def _restore(self) -> bool:
         """Take over the newest checkpoint that is whole; whether there was one."""
         store, rank = self.place.store, self.place.rank
+        if rank == 0:
+            store.clear_halves()
         found = store.load_newest() if rank == 0 else None
         name = workers.from_rank_0(found and found[0])
         if name is None:
