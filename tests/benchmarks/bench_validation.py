@@ -113,9 +113,8 @@ def main() -> None:
                 longest = max(longest, time.perf_counter() - queued - 0.005)
             assert scorer.take() == expected
             beside = time.perf_counter() - began
-    print(
-        f"{waited / blocked:.0f} times: {len(predictions):,} detections, training waits {blocked:.3f} s in place of {waited:.1f} s"
-    )
+    print(f"{waited / blocked:.0f} times: training waits {blocked:.3f} s in place of {waited:.1f} s")
+    print(f"{len(predictions):,} detections of {len(truth):,} people")
     print(f"the score is there after {beside:.1f} s, labels read; a loop was held up {longest * 1e3:.0f} ms at most")
 
 
