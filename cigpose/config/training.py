@@ -160,14 +160,14 @@ class LoaderConfig:
     shuffle_buffer: int = 2000
     """Persons held for shuffling."""
     prefetch_batches: int = field(default=4, metadata=HOW)
-    open_shards: int = 8
-    """Shards read side by side: pictures are drawn from all of them in random order."""
+    open_shards: int = 16
+    """Shards read side by side, a person of each in turn."""
     verify: bool = field(default=True, metadata=HOW)
-    """Compare every shard's sha256 when a run opens it first."""
+    """Compare every shard's sha256 when a process reads it first."""
     cache: str | None = field(default=None, metadata=HOW)
     """Folder for remote shards; null: the user's cache directory."""
     cache_gb: float | None = field(default=200.0, metadata=HOW)
-    """Beyond this size remote shards that nobody reads are removed, the least recently used first; null: no limit."""
+    """Beyond this size remote shards that nobody reads are removed, the oldest first; null: no limit; 0: no copies."""
     scaled_decode: bool = False
     """Decode large pictures at 1/2, 1/4 or 1/8 where the crop is smaller still. Changes pixels."""
 
@@ -175,7 +175,7 @@ class LoaderConfig:
         require_between(self, 0, 1024, "processes")
         require_between(self, 0, 10_000_000, "shuffle_buffer")
         require_between(self, 1, 10_000, "prefetch_batches", "open_shards")
-        require_between(self, 0, 1_000_000_000, "cache_gb", positive=True)
+        require_between(self, 0, 1_000_000_000, "cache_gb")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

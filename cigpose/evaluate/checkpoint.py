@@ -21,8 +21,9 @@ from cigpose.evaluate.labels import dataset_truth, open_shards
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
 from cigpose.loader.batches import eval_loader
+from cigpose.loader.samples import read_record, read_shard
 from cigpose.loader.shards import ShardSet
-from cigpose.loader.stream import decode_sample, read_record, read_shard
+from cigpose.loader.stream import decode_sample
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress

@@ -42,20 +42,25 @@ def predict(
         autocast: what the network computes in; logits are float32.
         progress: called after each batch with its number of persons.
 
-    Returns: all persons in the loader's order; empty if it gave none.
+    Returns: all persons, in the order of the shards where the batches say their `number`; empty if there are none.
     """
     flip_index = torch.as_tensor(keypoint_set.flip_index, device=device) if flip_test else None
     was_training = model.training
     model.eval()
     parts: list[Predictions] = []
+    numbers: list[np.ndarray] = []
     try:
         for batch in loader:
             parts.append(_predict_batch(model, batch, device, flip_index, autocast))
+            numbers += [np.asarray(batch["number"])] if "number" in batch else []
             if progress is not None:
                 progress(len(parts[-1]))
     finally:
         model.train(was_training)
-    return Predictions.concatenate(parts) if parts else Predictions.empty(len(keypoint_set))
+    if not parts:
+        return Predictions.empty(len(keypoint_set))
+    predictions = Predictions.concatenate(parts)
+    return predictions.select(np.argsort(np.concatenate(numbers))) if numbers else predictions
 
 
 @torch.inference_mode()

@@ -19,6 +19,8 @@ from ray.exceptions import RayError
 from cigpose.config import ClusterConfig
 from cigpose.files.addresses import is_remote
 from cigpose.files.objects import local_path
+from pipelines.training.keeper import kept
+from pipelines.training.local import leave_ray, settle_environment
 
 PASSED_ON = ("NCCL_", "GLOO_", "AWS_")
 """How the names of the variables begin that workers on other nodes get from the driver's environment."""
@@ -36,30 +38,50 @@ def is_joined() -> bool:
 
 
 @contextlib.contextmanager
-def joined(cluster: ClusterConfig) -> Iterator[None]:
+def joined(cluster: ClusterConfig) -> Iterator[Path | None]:
     """Join the cluster of RAY_ADDRESS, or start one here; leave or stop it at the end.
 
+    Gives the private folder of one that was started here.
+
     Raises:
-        TrainingError: it does not answer, or cannot be started.
+        TrainingError: it does not answer, cannot be started, or breaks down.
     """
+    with contextlib.ExitStack() as ends:
+        private = None if is_joined() else ends.enter_context(kept())
+        ends.callback(leave_ray)
+        _start_ray(cluster, private)
+        try:
+            yield private
+        except RayError as err:
+            raise TrainingError(
+                describe_breakdown(f"{type(err).__name__}: {str(err).strip().splitlines()[0]}")
+            ) from err
+
+
+def _start_ray(cluster: ClusterConfig, private: Path | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
         options["runtime_env"] = {"env_vars": passed_on(os.environ)}
-    else:
+    if private:
         needed = cluster.num_workers * cluster.threads_per_worker + 2
         options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-        options["address"] = "local"  # not some other Ray that runs here
+        options |= {"address": "local", "_temp_dir": str(private / "ray")}  # not some other Ray that runs here
+        settle_environment()
     try:
         ray.init(**options)
     except (RayError, ConnectionError, ValueError, RuntimeError) as err:
         where = f"joined at RAY_ADDRESS={address}" if address else "started"
         raise TrainingError(f"Ray could not be {where}: {err}") from err
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def describe_breakdown(how: str) -> str:
+    """What to tell when Ray itself has failed."""
+    return (
+        f"Ray broke down ({how}). Was one of its processes killed, or is the memory full? Run again to go on from the "
+        "last checkpoint."
+    )
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:

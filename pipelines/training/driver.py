@@ -24,7 +24,16 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cigpose.config import ClusterConfig, Config
-from pipelines.training.cluster import TrainingError, describe_resources, find_resources, is_joined, joined, marked
+from pipelines.training.cluster import (
+    TrainingError,
+    describe_breakdown,
+    describe_resources,
+    find_resources,
+    is_joined,
+    joined,
+    marked,
+)
+from pipelines.training.local import LocalTorchConfig, is_gone, own_servers
 from pipelines.training.worker import work
 
 Event = dict[str, Any]
@@ -59,26 +68,39 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
     """
     for name, value in TUNED.items():
         os.environ.setdefault(name, value)
-    with joined(config.train.cluster), _signals(), marked(settings["checkpoints"]) as marker:
+    with joined(config.train.cluster) as private, _signals(), marked(settings["checkpoints"]) as marker:
         use_gpu = find_resources(config.train.cluster)
         # here, beside the driver that reads it: a lost node must not take it along
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        for left in Path(settings["run_folder"]).glob("ray-*"):  # of killed drivers: this one has the run to itself
+            shutil.rmtree(left, ignore_errors=True)
         storage = Path(settings["run_folder"]) / f"ray-{uuid.uuid4().hex[:8]}"
         settings = settings | {"config": config.to_mapping(), "mailbox": mailbox, "marker": marker}
         try:
-            trainer = _trainer(config.train.cluster, settings, storage, use_gpu)
+            trainer = _trainer(config.train.cluster, settings, storage, _torch_config(use_gpu, private), use_gpu)
             return _follow(trainer, mailbox, on_event)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 
 
-def _trainer(cluster: ClusterConfig, settings: dict[str, Any], storage: Path, use_gpu: bool) -> TorchTrainer:
+def _torch_config(use_gpu: bool, private: Path | None) -> TorchConfig:
+    """How workers meet: in a folder of this machine if they are all here."""
+    common: dict[str, Any] = {
+        "backend": "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+        "timeout_s": COLLECTIVE_TIMEOUT_S,
+    }
+    return TorchConfig(**common) if private is None else LocalTorchConfig(**common, folder=str(private))
+
+
+def _trainer(
+    cluster: ClusterConfig, settings: dict[str, Any], storage: Path, torch_config: TorchConfig, use_gpu: bool
+) -> TorchTrainer:
     elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
     return TorchTrainer(  # Ray's annotations are those of its former Train API
         work,  # type: ignore[arg-type]
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
@@ -107,8 +129,11 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
+    servers = own_servers()
     while True:
         is_over = not thread.is_alive()
+        if gone := [server.pid for server in servers if is_gone(server)]:
+            raise TrainingError(describe_breakdown(f"process {gone[0]} has ended"))
         for event in _drain(mailbox):
             if event["event"] == "failed":  # another try would fail alike
                 raise TrainingError(event["message"])

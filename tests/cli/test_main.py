@@ -50,7 +50,10 @@ def test_presets_lists_computed_sizes_beside_published_figures(capsys: pytest.Ca
     assert "67.5" in lines["cigpose-x_coco-ubody_384x288"]
 
 
-COMMANDS = (["presets"], ["use"], ["shards"], ["shards", "inspect"], ["evaluate"], ["predict"], ["export"])
+COMMANDS = (
+    *(["presets"], ["use"], ["shards"], ["shards", "inspect"], ["evaluate"], ["predict"], ["export"]),
+    *(["detectors"], ["detectors", "list"], ["detectors", "pull"]),
+)
 
 
 def test_every_command_explains_itself_in_a_fresh_process_without_torch() -> None:

@@ -76,6 +76,7 @@ def test_two_workers_normalise_as_torchs_own_does_in_each_of_its_ways(answers: A
                     assert (value - reference).abs().max() < 1e-6 * reference.abs().max(), (way, name)
 
 
+@pytest.mark.slow
 def test_two_compiled_workers_have_one_graph_each_and_take_the_steps_of_plain_ones(answers: Any) -> None:
     by_rank = [training for _norms, training, _received in answers]
     for found in by_rank:

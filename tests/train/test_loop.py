@@ -53,6 +53,7 @@ def test_epochs_are_measured_by_their_own_protocol_and_not_by_that_of_the_finish
     assert deterministic(result["history"]) == deterministic(whole_run[2]["history"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [2, 4, 8], ids=["before a checkpoint", "between two", "second epoch"])
 def test_a_resumed_training_ends_bit_equal_to_one_never_interrupted(
     tiny_config: Any, shards: Path, tmp_path: Path, whole_run: Any, killed_at: int
