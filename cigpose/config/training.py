@@ -222,6 +222,8 @@ class TrainConfig:
     sync_batch_norm: bool | Literal["auto"] = "auto"
     """Batch statistics of the backbone over all workers, as upstream. auto: on GPUs only."""
     compile: bool = field(default=False, metadata=HOW)
+    cudnn_benchmark: bool = field(default=False, metadata=HOW)
+    """Let cuDNN try its kernels on the first batch of each size, and keep the fastest."""
     validate_every_epochs: int = 10
     validation: ProtocolConfig = field(default_factory=ProtocolConfig)
     """How epochs are measured and compared while training. `evaluate` measures the finished model: no part of this."""

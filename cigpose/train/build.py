@@ -61,6 +61,7 @@ def build_state(
 def state_around(model: nn.Module, config: Config, device: torch.device) -> TrainState:
     """The state of a training that starts from `model`, which is on `device`."""
     train = config.train
+    torch.backends.cudnn.benchmark = train.cudnn_benchmark
     if train.channels_last:
         to_channels_last(model)
     ema = EMA(model, train.ema) if train.ema.enabled else None

@@ -10,6 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from cigpose.config import Config
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth
@@ -18,6 +20,8 @@ from cigpose.evaluate.predictions import Predictions
 from cigpose.pool import process_pool
 
 Metrics = dict[str, float]
+_PIECE = 1024
+"""Persons that are handed over at a time: Python stands still meanwhile, in the thread that trains too."""
 
 
 class Scorer:
@@ -31,7 +35,9 @@ class Scorer:
     def submit(self, predictions: Predictions) -> None:
         """Begin to score; the answer to the former ones must have been taken."""
         assert self._last is None
-        self._last = self._pool.submit(_score, self._config, self._shards, predictions)
+        for start in range(0, len(predictions), _PIECE):
+            self._pool.submit(_receive, predictions.select(np.s_[start : start + _PIECE]))
+        self._last = self._pool.submit(_score, self._config, self._shards)
 
     @property
     def is_done(self) -> bool:
@@ -59,12 +65,19 @@ class Scorer:
         self._pool.shutdown(wait=error is None, cancel_futures=True)
 
 
+# In the process that scores: the labels, and what has come of the predictions.
 _truth: GroundTruth | None = None
-"""The labels, in the process that scores."""
+_pieces: list[Predictions] = []
 
 
-def _score(config: Config, shards: Path, predictions: Predictions) -> Metrics:
+def _receive(piece: Predictions) -> None:
+    _pieces.append(piece)
+
+
+def _score(config: Config, shards: Path) -> Metrics:
     global _truth
     if _truth is None:
         _truth = dataset_truth(open_shards(config, config.data.val, shards), config)
+    predictions = Predictions.concatenate(_pieces or [Predictions.empty(len(config.keypoint_set))])
+    _pieces.clear()
     return evaluate_predictions(predictions, _truth, config.keypoint_set, config.evaluate)
