@@ -16,7 +16,7 @@ from cigpose.config.experiment import (
     public_params,
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
-from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig
+from cigpose.config.outcome import EvaluateConfig, NotifyConfig, ProtocolConfig, PublishedConfig, RegistryConfig
 from cigpose.config.schema import ConfigError
 from cigpose.config.training import (
     AugmentationConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "HeadConfig",
     "LoaderConfig",
     "ModelConfig",
+    "NotifyConfig",
     "OptimizerConfig",
     "ProtocolConfig",
     "PublishedConfig",
