@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from cigpose.evaluate.checkpoint import dataset_truth, open_shards
 from cigpose.evaluate.coco import evaluate_predictions
 from cigpose.evaluate.ground_truth import GroundTruth
 from cigpose.evaluate.predict import Predictions, predict
-from cigpose.loader.batches import eval_loader, train_loader
+from cigpose.loader.batches import TrainLoader, eval_loader
 from cigpose.model.weights import save_weights
 from cigpose.train import workers
 from cigpose.train.build import build_state
@@ -92,7 +93,9 @@ def train(config: Config, place: Place, listener: Listener) -> Record:
         NonFiniteLossError: the loss became NaN or infinite.
         CheckpointError: the params differ from the checkpoint's, or one cannot be written.
     """
-    return _Training(config, place, listener).run()
+    training = _Training(config, place, listener)
+    with closing(training.loader):
+        return training.run()
 
 
 class _Training:
@@ -105,7 +108,8 @@ class _Training:
         self.truth: GroundTruth | None = None
         self.state = build_state(config, rank=place.rank, device=place.device, root=place.root)
         self.resumed = self._restore()
-        self.steps_per_epoch = len(self._loader(0, 0)) // config.train.accumulate_steps
+        self.loader = TrainLoader(config, rank=place.rank, world=place.world, root=place.shards)
+        self.steps_per_epoch = self.loader.num_batches // config.train.accumulate_steps
         self.rates = learning_rates(
             config.train.resolved_learning_rate, config.train.schedule, self.steps_per_epoch, config.train.epochs
         )
@@ -137,19 +141,11 @@ class _Training:
                 self._save_checkpoint()
         return {"best": state.best, "weights": state.weights, "step": state.step, "history": state.history}
 
-    def _loader(self, epoch: int, start_batch: int) -> Any:
-        rank, world = self.place.rank, self.place.world
-        return train_loader(
-            self.config, epoch=epoch, rank=rank, world=world, start_batch=start_batch, root=self.place.shards
-        )
-
     def _run_epoch(self) -> None:
         state, train = self.state, self.config.train
         meter = Meter(self.place.device)
-        loader = self._loader(
-            state.epoch, first_batch(state.step_in_epoch, self.steps_per_epoch, train.accumulate_steps)
-        )
-        for batches in self._steps(loader, meter):
+        start = first_batch(state.step_in_epoch, self.steps_per_epoch, train.accumulate_steps)
+        for batches in self._steps(self.loader.batches(state.epoch, start), meter):
             if self.is_first and meter.is_fresh:
                 self._show_crops(batches[0])
             rate = self.rates[self._position]
@@ -162,9 +158,9 @@ class _Training:
             if self._is_checkpoint_due() and not is_last:
                 self._save_checkpoint()
 
-    def _steps(self, loader: Any, meter: Meter) -> Iterator[list[Batch]]:
+    def _steps(self, batches: Iterator[Batch], meter: Meter) -> Iterator[list[Batch]]:
         """The micro-batches of each optimiser step, on the device."""
-        batches, copier = iter(loader), Copier(self.place.device)
+        copier = Copier(self.place.device)
         while True:
             with meter.waiting():
                 group = list(itertools.islice(batches, self.config.train.accumulate_steps))
