@@ -22,7 +22,8 @@ from cigpose.config import Config
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
 from cigpose.evaluate.calibration import fit_calibration
-from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
+from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, sample_pictures
+from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
 from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint

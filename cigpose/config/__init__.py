@@ -9,6 +9,7 @@ from cigpose.config.experiment import (
     PRESETS,
     Config,
     config_from_mapping,
+    fast_variant,
     load_params,
     load_preset,
     preset_text,
@@ -16,7 +17,7 @@ from cigpose.config.experiment import (
     public_params,
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
-from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig
+from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig, ServingConfig
 from cigpose.config.schema import ConfigError
 from cigpose.config.training import (
     AugmentationConfig,
@@ -57,10 +58,12 @@ __all__ = [
     "RegistryConfig",
     "RenderConfig",
     "ScheduleConfig",
+    "ServingConfig",
     "ShardingConfig",
     "SimCCConfig",
     "TrainConfig",
     "config_from_mapping",
+    "fast_variant",
     "load_params",
     "load_preset",
     "preset_text",

@@ -74,11 +74,33 @@ class EvaluateConfig(ProtocolConfig):
     """How the finished model is measured."""
 
     batch: int = field(default=32, metadata=HOW)
-    """Persons per forward pass, in validation too."""
+    """Persons per forward pass; in validation at least a training worker's share."""
 
     def __post_init__(self) -> None:
         ProtocolConfig.__post_init__(self)
         require_between(self, 1, 100_000, "batch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingConfig:
+    """What one request to a served model may ask for; recorded with each version as it is registered."""
+
+    max_request_mb: float = 64.0
+    """Megabytes of a request; a picture is a third larger in it than its file."""
+    max_json_depth: int = 8
+    """Levels of lists and mappings in its JSON."""
+    max_pictures: int = 32
+    """Rows of a request."""
+    max_boxes: int = 200
+    """Persons of a request, all its pictures together."""
+    max_megapixels: float = 50.0
+    """Millions of pixels of a picture, by its header; larger ones are not decoded."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 2000, "max_request_mb", positive=True)
+        require_between(self, 4, 500, "max_json_depth")
+        require_between(self, 1, 1_000_000, "max_pictures", "max_boxes")
+        require_between(self, 0, 200, "max_megapixels", positive=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +116,8 @@ class RegistryConfig:
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
     pictures: int = field(default=16, metadata=affects("evaluate", "register"))
     """Sample predictions logged with the model."""
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    """What one request to the served model may ask for."""
 
     def __post_init__(self) -> None:
         require_between(self, 0, 1, "margin")

@@ -29,12 +29,12 @@ import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.models import Model
 from packaging.requirements import Requirement
 
 import cigpose
 from cigpose.config import Config, public_params
+from cigpose.config.schema import to_mapping
 from cigpose.evaluate.calibration import FILE as CALIBRATION
 from cigpose.shard.index import read_index
 from pipelines.lineage import (
@@ -136,7 +136,7 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
             python_model=str(Path(__file__).with_name("serving.py")),
             artifacts={name: str(path) for name, path in files.items()},
             code_paths=[str(Path(cigpose.__file__).parent)],
-            signature=SIGNATURE,
+            model_config=to_mapping(package.config.registry.serving),
             pip_requirements=requirements(),
             mlflow_model=model,
         )
@@ -178,11 +178,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "boxes", required=False)])
-)
-
-
 def log_package(client: MlflowClient, package: Package, run_id: str, folder: Path, root: Path) -> str:
     """Build the model in `folder` and upload it as a logged model of a run.
 
@@ -209,8 +204,8 @@ def _logged_name(name: str) -> str:
 
 
 def requirements() -> list[str]:
-    """The library's own dependencies in the versions at work now, for the environment of a served model."""
-    pins = [f"mlflow=={_version('mlflow')}"]
+    """The library's own dependencies and what runs the ONNX file, in the versions at work now."""
+    pins = [f"{name}=={_version(name)}" for name in ("mlflow", "onnxruntime")]
     for text in requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -256,7 +251,7 @@ def figure_rows(metrics: Mapping[str, float], figures: Sequence[str] = ("AP", "A
 def model_card(package: Package) -> str:
     """The README.md of a registered model."""
     config, lineage = package.config, package.lineage
-    width, height = config.model.input_size
+    serving, (width, height) = config.registry.serving, config.model.input_size
     head, *rows = figure_rows(package.evaluation.metrics)
     protocol = json.loads(package.evaluation.protocol)
     val = lineage["datasets"][config.data.val]
@@ -297,9 +292,14 @@ def model_card(package: Package) -> str:
         "import mlflow, pandas",
         "",
         f'model = mlflow.pyfunc.load_model("models:/{config.registry.model}@champion")',
-        'pictures = pandas.DataFrame({"image": [open("people.jpg", "rb").read()], "boxes": ["[[10, 20, 200, 460]]"]})',
+        'pictures = pandas.DataFrame({"image": [open("people.jpg", "rb").read()], "boxes": [[[10, 20, 200, 460]]]})',
         'model.predict(pictures)[0]["persons"][0]["keypoints"]     # [[x, y, score], ...] in image pixels',
         "```",
+        "`image` is the bytes of a picture (JPEG, PNG, WebP, BMP) or their base64, `boxes` one person a box, as lists "
+        "or JSON text; without it the whole picture is one person. One request holds at most "
+        f"{serving.max_pictures} pictures of {serving.max_megapixels:g} megapixels and {serving.max_boxes} boxes; "
+        "`load_model(..., model_config={...})`, or SERVING_MODEL_CONFIG for a server, sets other limits.",
+        "",
         "`artifacts/model.onnx` is the network alone: normalised crops in, SimCC logits out.",
         "",
         "## Limits",

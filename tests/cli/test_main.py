@@ -12,6 +12,7 @@ import pytest
 
 from cigpose.cli.main import main
 from cigpose.config import config_from_mapping, load_params, load_preset
+from cigpose.config.schema import leaves
 from cigpose.deploy.predictor import Predictor
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import save_weights
@@ -22,6 +23,20 @@ def test_use_writes_a_complete_params_file(tmp_path: Path, capsys: pytest.Captur
     assert main(["use", "cigpose-l_coco_384x288", "--params", str(file)]) == 0
     assert load_params(file) == load_preset("cigpose-l_coco_384x288")
     assert "cigpose-l_coco_384x288" in capsys.readouterr().out
+
+
+def test_use_fast_changes_how_it_is_computed_and_its_name_and_nothing_else(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("paper.yaml", "fast.yaml")]
+    for path, switch in zip(paths, ([], ["--fast"]), strict=True):
+        assert main(["use", "cigpose-l_coco_384x288", "--params", str(path), *switch]) == 0
+    paper, fast = (leaves(load_params(path).to_mapping()) for path in paths)
+    assert {key: fast[key] for key in fast if fast[key] != paper[key]} == {
+        "name": "cigpose-l_coco_384x288-fast",
+        "train.precision": "bf16",
+        "train.compile": True,
+        "train.cudnn_benchmark": True,
+    }
+    assert (paper["train.precision"], paper["train.compile"], paper["train.cudnn_benchmark"]) == ("fp32", False, False)
 
 
 def test_use_of_an_unknown_preset_is_one_sentence_and_leaves_the_old_file(
