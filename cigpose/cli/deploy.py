@@ -1,4 +1,4 @@
-"""`cigpose predict` and `cigpose export`."""
+"""`cigpose predict`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = Path("data/model/model.safetensors")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add both subcommands."""
+    """Add the subcommand."""
     predict = subparsers.add_parser(
         "predict",
         help="poses in pictures, folders and videos",
@@ -55,17 +55,6 @@ def add_parser(subparsers: Any) -> None:
     )
     predict.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     predict.set_defaults(run=_predict)
-    export = subparsers.add_parser(
-        "export",
-        help="write the network as an ONNX file",
-        description="Write the network as one ONNX file with a free batch size, and compare it with torch.",
-    )
-    _add_model(export)
-    export.add_argument("--out", type=Path, default=Path("model.onnx"), help="file to write (default: %(default)s)")
-    export.add_argument(
-        "--decoded", action="store_true", help="uint8 RGB crops in, keypoints and scores out, instead of logits"
-    )
-    export.set_defaults(run=_export)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -139,12 +128,3 @@ def _predict_all(
         f"{frames} frames, {sum(outcome.before for outcome in outcomes)} of them done before; {len(skipped)} problems"
     )
     return 1 if skipped else 0
-
-
-def _export(options: argparse.Namespace) -> None:
-    from cigpose.deploy.onnx import export_onnx
-    from cigpose.model.weights import load_checkpoint
-
-    model = load_checkpoint(options.model, _config(options))
-    path = export_onnx(model, model.config, options.out, decoded=options.decoded)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, equal to torch within the tolerance")

@@ -16,7 +16,7 @@ from cigpose.codec import decode
 from cigpose.crop import crop_to_image
 from cigpose.evaluate.predictions import FIELDS, Predictions
 from cigpose.keypoints import KeypointSet
-from cigpose.model.estimator import forward_flip_test, normalize
+from cigpose.model.estimator import forward_flip_test, images_for
 
 __all__ = ["Predictions", "predict", "predict_crops"]
 
@@ -82,7 +82,7 @@ def predict_crops(
 
     Returns: keypoints (B, K, 2) and scores (B, K), float32.
     """
-    images = normalize(crops)
+    images = images_for(model, crops)
     simcc_x, simcc_y = model(images) if flip_index is None else forward_flip_test(model, images, flip_index)
     keypoints, scores = decode(simcc_x, simcc_y, simcc_x.shape[-1] / crops.shape[2])
     return keypoints.float().cpu().numpy(), scores.float().cpu().numpy()

@@ -67,14 +67,18 @@ class PoseService(PythonModel):
         Raises:
             RefusedError: a request that cannot be answered; the message names row and value.
         """
-        from cigpose.deploy.request import RequestError, pixels_of, read_rows
+        from cigpose.deploy.request import RequestError, grouped, read_rows
 
         del context, params
         if not hasattr(model_input, "items"):
             raise RefusedError(f"request: expected rows with a column 'image', got {type(model_input).__name__}.")
         try:
             rows = read_rows(dict(model_input.items()), self._limits)
-            found = self._predictor.predict_many(pixels_of(rows), [row.boxes for row in rows])
+            found = [
+                poses
+                for group in grouped(rows, self._limits.max_megapixels)
+                for poses in self._predictor.predict_many((row.read() for row in group), [row.boxes for row in group])
+            ]
         except RequestError as err:
             raise RefusedError(str(err)) from err
         except ValueError as err:  # of the model, not of the request
