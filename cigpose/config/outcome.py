@@ -74,7 +74,7 @@ class EvaluateConfig(ProtocolConfig):
     """How the finished model is measured."""
 
     batch: int = field(default=32, metadata=HOW)
-    """Persons per forward pass, in validation too."""
+    """Persons per forward pass; in validation at least a training worker's share."""
 
     def __post_init__(self) -> None:
         ProtocolConfig.__post_init__(self)

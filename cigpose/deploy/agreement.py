@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cigpose.config import Config
-from cigpose.deploy.onnx import session_of
+from cigpose.deploy.sessions import open_session
 from cigpose.model.causal import CausalIntervention
 from cigpose.model.estimator import normalize
 
@@ -64,7 +64,7 @@ def refuse_different(
     Raises:
         ValueError: it does not.
     """
-    session = session_of(file, threads=1)
+    session = open_session(file, threads=1)
     names = [output.name for output in session.get_outputs()]
     for batch in _CHECK_BATCHES:
         pixels = example_crops(config, batch, seed=batch) if crops is None else crops[:batch]

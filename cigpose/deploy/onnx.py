@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +15,13 @@ from torch import Tensor, nn
 
 from cigpose.codec import num_bins
 from cigpose.config import config_from_mapping
+from cigpose.deploy.sessions import MissingPackageError, open_session
 from cigpose.model.estimator import Normalize
-from cigpose.model.weights import ONNX, refuse_foreign
 
 CONFIG_KEY = "cigpose_config"
 OUTPUTS_KEY = "cigpose_outputs"
 LOGITS = ("simcc_x", "simcc_y")
 DECODED = ("keypoints", "scores")
-
-
-class MissingPackageError(ModuleNotFoundError, ValueError):
-    """A package that only some commands need; both kinds, so that callers who report user errors report it too."""
 
 
 class OnnxModel(nn.Module):
@@ -51,10 +46,7 @@ class OnnxModel(nn.Module):
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
         super().__init__()
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no ONNX file there. `cigpose export` writes one.")
-        refuse_foreign(path, ONNX)
-        self.session = session_of(path, threads)
+        self.session = open_session(path, threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
         if CONFIG_KEY not in metadata:
             raise ValueError(
@@ -102,26 +94,6 @@ class OnnxModel(nn.Module):
             np.put_along_axis(logits, place[..., None], scores[..., None], axis=2)
             axes.append(logits)
         return axes
-
-
-def session_of(path: Path, threads: int = 0) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU.
-
-    Raises:
-        MissingPackageError: onnxruntime is not installed.
-        ValueError: it cannot load the file.
-    """
-    require_packages("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would slow torch's
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as err:  # onnxruntime's own exceptions have no common base
-        raise ValueError(f"{path}: onnxruntime cannot load it ({err}). Export it again.") from err
 
 
 def require_packages(*modules: str) -> None:

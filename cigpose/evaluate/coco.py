@@ -11,8 +11,6 @@ The protocol is upstream's, its numbers are reproduced exactly (tests/evaluate/t
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from cigpose.config import EvaluateConfig
 from cigpose.config.outcome import CROWDING, FIGURES
 from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth
+from cigpose.evaluate.matching import (
+    MAX_PERSONS_PER_IMAGE,
+    PartRun,
+    PeopleOfPart,
+    lowest_similarity,
+    match_part,
+)
 from cigpose.evaluate.oks import select_persons
 from cigpose.evaluate.predictions import Predictions
+from cigpose.evaluate.similarity import pair_similarities, pairs_of_pictures
 from cigpose.files.atomic import written_file
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
-MAX_PERSONS_PER_IMAGE = 20
 _COORDINATE_DECIMALS = 4
 _SCORE_DECIMALS = 6
 
@@ -73,9 +76,9 @@ def evaluate_predictions(
     if results_path is not None:
         write_coco_results(results_path, scored, keypoint_set, truth.category_id)
     metrics: dict[str, float] = {}
-    for part, members in parts_with_whole(keypoint_set).items():
-        run = run_part(scored, truth, keypoint_set, members)
-        metrics |= {f"{part}/{name}": float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
+    for part, run in run_parts(scored, truth, keypoint_set).items():
+        metrics |= {f"{part}/{name}": value for name, value in zip(FIGURES, run.stats, strict=True)}
+        members = parts_with_whole(keypoint_set)[part]
         metrics |= {f"{part}/{name}": value for name, value in _by_crowding(scored, truth, keypoint_set, members)}
     return metrics | _hand_means(metrics)
 
@@ -113,6 +116,12 @@ def score_persons(
     )
 
 
+def run_parts(scored: ScoredPersons, truth: GroundTruth, keypoint_set: KeypointSet) -> dict[str, PartRun]:
+    """The evaluation of every part, and of `whole` if there are several, over all images."""
+    parts = parts_with_whole(keypoint_set).items()
+    return {part: run_part(scored, truth, keypoint_set, members) for part, members in parts}
+
+
 def run_part(
     scored: ScoredPersons,
     truth: GroundTruth,
@@ -120,25 +129,67 @@ def run_part(
     members: Sequence[int],
     image_ids: Sequence[int] | None = None,
     thresholds: Sequence[float] | None = None,
-) -> Any:
-    """The finished `COCOeval` of some of the keypoints, over all images or the given ones, at COCO's OKS or others."""
+) -> PartRun:
+    """The evaluation of some of the keypoints, over all images or the given ones, at COCO's OKS or others."""
+    return match_part(people_of_part(scored, truth, keypoint_set, members, image_ids, thresholds))
+
+
+def people_of_part(
+    scored: ScoredPersons,
+    truth: GroundTruth,
+    keypoint_set: KeypointSet,
+    members: Sequence[int],
+    image_ids: Sequence[int] | None = None,
+    thresholds: Sequence[float] | None = None,
+) -> PeopleOfPart:
+    """Whom `run_part` is about, compared with each other."""
     index = np.array(members)
+    images = np.array(sorted(truth.images if image_ids is None else image_ids), dtype=np.int64)
+    labels = truth.keypoints[:, index]
     single_field = len(keypoint_set.annotation_fields) == 1 and len(index) == len(keypoint_set)
-    truths = _truth_rows(truth, index, own_count=single_field)
-    rows = _detection_rows(scored, index, truth.category_id)
-    image_ids = sorted(truth.images if image_ids is None else image_ids)
-    images = [{"id": image_id} for image_id in image_ids]
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = _Evaluation(_coco(truths, images, truth.category_id), _coco(rows, images, truth.category_id), "keypoints")
-        run.params.imgIds = image_ids
-        run.params.kpt_oks_sigmas = np.asarray(keypoint_set.sigmas, dtype=np.float32)[index]
-        run.params.maxDets = [MAX_PERSONS_PER_IMAGE]
-        if thresholds is not None:
-            run.params.iouThrs = np.asarray(thresholds)
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    return run
+    counts = truth.num_keypoints if single_field else (labels[..., 2] > 0).sum(axis=1)
+    truths, truth_image = _positions(truth.image_id, np.arange(len(truth)), images)
+    shown = np.flatnonzero((scored.detections[:, index, 2] > 0).any(axis=1))  # others are not predicted here
+    rows, image = _positions(scored.people.image_id, shown[np.argsort(-scored.scores[shown], kind="stable")], images)
+    best = np.arange(len(rows)) - np.searchsorted(image, image) < MAX_PERSONS_PER_IMAGE
+    rows, image = rows[best], image[best]
+    pairs = pairs_of_pictures(image, truth_image)
+    similarities = pair_similarities(
+        scored.detections[rows[:, None], index, :2],
+        labels[truths],
+        truth.area[truths],
+        truth.bbox_xywh[truths],
+        np.asarray(keypoint_set.sigmas, dtype=np.float32)[index],
+        pairs,
+    )
+    lowest = None if thresholds is None else np.asarray(thresholds)
+    alike = np.flatnonzero(similarities >= lowest_similarity(lowest))
+    return PeopleOfPart(
+        num_images=len(images),
+        num_truths=len(truth),
+        thresholds=lowest,
+        image=image,
+        person=rows,
+        score=scored.scores[rows],
+        area=scored.areas[rows],
+        truth_image=truth_image,
+        truth=truths,
+        truth_area=truth.area[truths],
+        is_crowd=truth.is_crowd[truths],
+        is_ignored=truth.is_crowd[truths] | (counts[truths] == 0),
+        pairs=(pairs[0][alike], pairs[1][alike]),
+        similarity=similarities[alike],
+    )
+
+
+def _positions(image_id: np.ndarray, rows: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are of these images (ascending ids), image by image and else in their order, and their images."""
+    at = np.searchsorted(images, image_id[rows])
+    at[at == len(images)] = 0
+    known = images[at] == image_id[rows] if len(images) else np.zeros(len(rows), dtype=bool)
+    rows, at = rows[known], at[known]
+    order = np.argsort(at, kind="stable")
+    return rows[order], at[order]
 
 
 def _check(predictions: Predictions, truth: GroundTruth, keypoint_set: KeypointSet) -> None:
@@ -169,79 +220,6 @@ def _detection_areas(people: Predictions, keypoints: np.ndarray, keypoint_set: K
     return (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
 
 
-def _truth_rows(truth: GroundTruth, index: np.ndarray, *, own_count: bool) -> list[dict[str, Any]]:
-    """Annotations of one part. Ids start at 1: pycocotools takes 0 for `not matched`."""
-    keypoints = truth.keypoints[:, index]
-    counts = truth.num_keypoints if own_count else (keypoints[..., 2] > 0).sum(axis=1)
-    return [
-        {
-            "id": i + 1,
-            "image_id": int(truth.image_id[i]),
-            "category_id": truth.category_id,
-            "iscrowd": int(truth.is_crowd[i]),
-            "num_keypoints": int(counts[i]),
-            "area": float(truth.area[i]),
-            "bbox": truth.bbox_xywh[i],
-            "keypoints": keypoints[i],
-        }
-        for i in range(len(truth))
-    ]
-
-
-def _detection_rows(scored: ScoredPersons, index: np.ndarray, category_id: int) -> list[dict[str, Any]]:
-    """Predictions of one part; those without a keypoint of positive score there are left out."""
-    keypoints = scored.detections[:, index]
-    return [
-        {
-            "id": int(i) + 1,
-            "image_id": int(scored.people.image_id[i]),
-            "category_id": category_id,
-            "score": float(scored.scores[i]),
-            "area": float(scored.areas[i]),
-            "keypoints": keypoints[i],
-        }
-        for i in np.flatnonzero((keypoints[..., 2] > 0).any(axis=1))
-    ]
-
-
-class _Evaluation(COCOeval):  # type: ignore[misc]
-    """pycocotools' evaluation; one array operation compares an annotation with all predictions of its image."""
-
-    def computeOks(self, imgId: int, catId: int) -> np.ndarray | list[Any]:  # noqa: N802, N803
-        """(predictions, annotations) similarities; keypoints are (k, 3) arrays here."""
-        truths, rows = self._gts[imgId, catId], self._dts[imgId, catId]
-        order = np.argsort([-row["score"] for row in rows], kind="mergesort")[: self.params.maxDets[-1]]
-        if len(truths) == 0 or len(order) == 0:
-            return []
-        points = np.stack([rows[i]["keypoints"] for i in order])[..., :2]  # (D, k, 2)
-        variance = (self.params.kpt_oks_sigmas * 2) ** 2
-        similarity = np.zeros((len(order), len(truths)))
-        for j, truth in enumerate(truths):
-            labelled = truth["keypoints"][:, 2] > 0
-            if labelled.any():
-                offset = points - truth["keypoints"][None, :, :2]
-            else:  # an ignored person: distance to its box, doubled
-                x, y, width, height = truth["bbox"]
-                low, high = np.array([x - width, y - height]), np.array([x + width * 2, y + height * 2])
-                offset = np.maximum(0, low - points) + np.maximum(0, points - high)
-                labelled = np.ones(len(variance), dtype=bool)
-            error = (offset[..., 0] ** 2 + offset[..., 1] ** 2) / variance / (truth["area"] + np.spacing(1)) / 2
-            likeness = np.exp(-np.ascontiguousarray(error[:, labelled]))
-            similarity[:, j] = likeness.sum(axis=1) / likeness.shape[1]
-        return similarity
-
-
-def _coco(annotations: list[dict[str, Any]], images: list[dict[str, Any]], category_id: int) -> COCO:
-    coco = COCO()
-    coco.dataset = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": category_id, "name": "person"}],
-    }
-    coco.createIndex()
-    return coco
-
-
 def _by_crowding(
     scored: ScoredPersons, truth: GroundTruth, keypoint_set: KeypointSet, members: Sequence[int]
 ) -> Iterator[tuple[str, float]]:
@@ -251,7 +229,7 @@ def _by_crowding(
     for name, (low, high) in CROWDING.items():
         image_ids = [image_id for image_id, value in crowding.items() if low <= value < high]
         run = run_part(scored, truth, keypoint_set, members, image_ids)
-        yield name, float(run.eval["precision"][:, :, 0, 0, 0].mean())
+        yield name, float(run.precision.mean())
 
 
 def _hand_means(metrics: Mapping[str, float]) -> dict[str, float]:

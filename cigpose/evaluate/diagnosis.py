@@ -13,7 +13,6 @@ import numpy as np
 
 from cigpose.evaluate.coco import ScoredPersons, run_part
 from cigpose.evaluate.ground_truth import GroundTruth
-from cigpose.evaluate.matches import Matches
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 KINDS = ("good", "jitter", "inversion", "swap", "miss")
@@ -71,7 +70,7 @@ def diagnose(scored: ScoredPersons, truth: GroundTruth, keypoint_set: KeypointSe
         among them: those are what recall measures.
     """
     everything = list(parts_with_whole(keypoint_set).values())[-1]
-    matches = Matches.of(run_part(scored, truth, keypoint_set, everything, thresholds=(PAIRED_FROM,)))
+    matches = run_part(scored, truth, keypoint_set, everything, thresholds=(PAIRED_FROM,)).matches
     found = matches.hit[0]
     predicted, labelled = matches.person[found], matches.truth[0, found]
     order = np.lexsort((labelled, truth.image_id[labelled]))

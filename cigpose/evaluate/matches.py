@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -33,34 +32,6 @@ class Matches:
     truth_image: np.ndarray
     """(M,) position of the image of each labelled person; -1 for those that do not count."""
     num_images: int
-
-    @classmethod
-    def of(cls, run: Any) -> Matches:
-        """From a finished evaluation (`cigpose.evaluate.coco.run_part`)."""
-        images = run.evalImgs[: len(run.params.imgIds)]
-        filled = [(i, entry) for i, entry in enumerate(images) if entry is not None]
-        empty = [np.zeros((len(run.params.iouThrs), 0))]
-        scores = np.concatenate([np.zeros(0), *(entry["dtScores"] for _, entry in filled)])
-        order = np.argsort(-scores, kind="mergesort")
-        # ids of pycocotools' rows are ours plus 1
-        truth = np.concatenate(empty + [entry["dtMatches"] for _, entry in filled], axis=1)[:, order].astype(int) - 1
-        ignored = np.concatenate(empty + [entry["dtIgnore"] for _, entry in filled], axis=1)[:, order] > 0
-        positions = np.concatenate([np.full(len(entry["dtScores"]), i) for i, entry in filled] or [np.zeros(0)])
-        persons = np.concatenate([np.asarray(entry["dtIds"], dtype=int) for _, entry in filled] or [np.zeros(0, int)])
-        truth_image = np.full(max(run.cocoGt.anns, default=0), -1)
-        for i, entry in filled:
-            counts = np.asarray(entry["gtIgnore"]) == 0
-            truth_image[np.asarray(entry["gtIds"], dtype=int)[counts] - 1] = i
-        return cls(
-            thresholds=np.asarray(run.params.iouThrs),
-            image=positions[order].astype(np.int64),
-            person=persons[order] - 1,
-            truth=truth,
-            hit=(truth >= 0) & ~ignored,
-            counted=~ignored,
-            truth_image=truth_image,
-            num_images=len(images),
-        )
 
     @property
     def num_truths(self) -> np.ndarray:

@@ -66,7 +66,7 @@ def write_page(
     keypoints = config.keypoint_set
     scored = score_persons(evaluation.predictions, truth, keypoints, config.evaluate)
     parts = {
-        part: Matches.of(run_part(scored, truth, keypoints, members))
+        part: run_part(scored, truth, keypoints, members).matches
         for part, members in parts_with_whole(keypoints).items()
     }
     headline = config.evaluate.metric.partition("/")[0]

@@ -10,7 +10,7 @@ import numpy as np
 from cigpose.config import EvaluateConfig
 from cigpose.evaluate.coco import run_part, score_persons
 from cigpose.evaluate.ground_truth import GroundTruth
-from cigpose.evaluate.matches import Matches, resampled_images
+from cigpose.evaluate.matches import resampled_images
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
@@ -69,7 +69,7 @@ def compare_paired(
     found = []
     for part, members in parts_with_whole(keypoint_set).items():
         tables = [
-            Matches.of(run_part(people, truth, keypoint_set, members, shared))
+            run_part(people, truth, keypoint_set, members, shared).matches
             for people, (_, truth) in zip(scored, (first, second), strict=True)
         ]
         if min(table.num_truths.sum() for table in tables) == 0:

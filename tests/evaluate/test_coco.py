@@ -13,12 +13,15 @@ import numpy as np
 import pycocotools.coco
 import pytest
 from pycocotools.cocoeval import COCOeval
+from whole_people import coco_rows, whole_people
+from whole_people import plain_pycocotools as plain_figures
 
 from cigpose.config import EvaluateConfig
 from cigpose.config.outcome import metric_names
-from cigpose.evaluate.coco import evaluate_predictions
+from cigpose.evaluate.coco import evaluate_predictions, score_persons
+from cigpose.evaluate.oks import oks, oks_nms
 from cigpose.evaluate.predictions import Predictions
-from cigpose.keypoints import COCO, COCO_WHOLEBODY, CROWDPOSE, KeypointSet
+from cigpose.keypoints import COCO, COCO_WHOLEBODY, CROWDPOSE, KeypointSet, parts_with_whole
 
 # Reference names -> ours.
 FIGURES = {
@@ -326,3 +329,33 @@ def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('{"images": [')
     with pytest.raises(ValueError, match=r"cut\.json: not valid JSON"):
         evaluate_predictions(Predictions.empty(17), tmp_path / "cut.json", COCO, EvaluateConfig())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_figure_equals_plain_pycocotools_on_crowded_pictures_of_many_boxes(seed: int) -> None:
+    predictions, truth = whole_people(30, 700, 60, seed=seed)
+    metrics = evaluate_predictions(predictions, truth, COCO_WHOLEBODY, EvaluateConfig())
+    scored = score_persons(predictions, truth, COCO_WHOLEBODY, EvaluateConfig())
+    for part, members in parts_with_whole(COCO_WHOLEBODY).items():
+        figures = plain_figures(coco_rows(scored, truth, members), members)
+        assert [metrics[f"{part}/{name}"] for name in list(FIGURES.values())[:10]] == figures, part
+        assert 0 < figures[0] < 1
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.6, 0.9, 1.0])
+def test_suppression_in_all_pictures_at_once_keeps_whom_it_keeps_picture_by_picture(threshold: float) -> None:
+    predictions, _ = whole_people(12, 300, 20)
+    people = predictions.select(np.argsort(predictions.image_id, kind="stable"))
+    close = people.select(np.repeat(np.arange(len(people)), 2))
+    moved = close.keypoints + np.random.default_rng(0).normal(0, 1, (len(close), 1, 1)).astype(np.float32)
+    sigmas, areas = np.asarray(COCO_WHOLEBODY.sigmas, np.float32), close.scale.astype(float).prod(axis=1)
+    kept = oks_nms(moved, close.box_score, areas, sigmas, threshold, close.image_id)
+    expected: list[int] = []
+    for image in np.unique(close.image_id):
+        order = [i for i in np.argsort(close.box_score, kind="stable")[::-1] if close.image_id[i] == image]
+        while order:
+            best, *order = order
+            expected.append(int(best))
+            order = [i for i in order if oks(moved[best], areas[best], moved[[i]], areas[[i]], sigmas)[0] <= threshold]
+    assert kept.tolist() == expected
+    assert threshold == 1.0 or len(kept) < len(close)

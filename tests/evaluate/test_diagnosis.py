@@ -11,7 +11,7 @@ from cigpose.evaluate.diagnosis import KINDS, diagnose, side_confusion
 from cigpose.evaluate.gallery import choose_persons
 from cigpose.evaluate.ground_truth import GroundTruth, load_ground_truth
 from cigpose.evaluate.groups import measure_groups
-from cigpose.evaluate.matches import Matches, resampled_images
+from cigpose.evaluate.matches import resampled_images
 from cigpose.evaluate.predictions import Predictions
 from cigpose.keypoints import COCO
 
@@ -120,7 +120,7 @@ def test_groups_are_measured_as_if_alone() -> None:
     predictions.keypoints[:] += rng.normal(0, 9, predictions.keypoints.shape) * rng.uniform(0, 2, (30, 1, 1))
     config = EvaluateConfig(oks_nms_threshold=None)
     scored = scored_(predictions, truth)
-    matches = Matches.of(run_part(scored, truth, COCO, range(17)))
+    matches = run_part(scored, truth, COCO, range(17)).matches
     found = {(group.aspect, group.name): group for group in measure_groups(matches, scored, truth, COCO)}
     divisions = {
         ("size", "large"): truth.area > 96**2,
@@ -142,7 +142,7 @@ def test_hidden_and_crowded_people_are_groups_where_labels_tell() -> None:
         content["annotations"][0]["keypoints"][3 * k + 2] = 1
     truth = load_ground_truth(content, COCO)
     scored = scored_(perfect(truth), truth)
-    matches = Matches.of(run_part(scored, truth, COCO, range(17)))
+    matches = run_part(scored, truth, COCO, range(17)).matches
     people = {(group.aspect, group.name): group.people for group in measure_groups(matches, scored, truth, COCO)}
     assert people["occlusion", "more hidden"] == 1 and people["occlusion", "all labels visible"] == 5
     crowding = {name: count for (aspect, name), count in people.items() if aspect == "crowding"}
@@ -165,7 +165,7 @@ def test_the_interval_of_an_ap_holds_it_and_is_narrower_with_more_images() -> No
         predictions = perfect(truth)
         rng = np.random.default_rng(1)
         predictions.keypoints[:] += rng.normal(0, 9, predictions.keypoints.shape) * rng.uniform(0, 2, (count, 1, 1))
-        matches = Matches.of(run_part(scored_(predictions, truth), truth, COCO, range(17)))
+        matches = run_part(scored_(predictions, truth), truth, COCO, range(17)).matches
         low, high = matches.interval(resampled_images(count, 100))
         expected = evaluate_predictions(predictions, truth, COCO, EvaluateConfig(oks_nms_threshold=None))["body/AP"]
         assert matches.average_precision() == pytest.approx(expected, abs=1e-12)

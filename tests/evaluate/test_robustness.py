@@ -10,7 +10,6 @@ import torch
 from cigpose.config import EvaluateConfig
 from cigpose.evaluate.coco import evaluate_predictions, run_part, score_persons
 from cigpose.evaluate.ground_truth import load_ground_truth
-from cigpose.evaluate.matches import Matches
 from cigpose.evaluate.paired import compare_paired, paired_table
 from cigpose.evaluate.predictions import Predictions
 from cigpose.evaluate.robustness import CORRUPTIONS, CorruptionTable, corrupted
@@ -113,7 +112,7 @@ def test_images_drawn_twice_count_twice() -> None:
     run = run_part(score_persons(predictions, labels, COCO, EvaluateConfig()), labels, COCO, range(17))
     weights = np.array([1, 2, 1, 1, 1, 1])
     expected = evaluate_predictions(twice, doubled, COCO, EvaluateConfig())["body/AP"]
-    assert Matches.of(run).average_precision(weights) == pytest.approx(expected, abs=1e-12)
+    assert run.matches.average_precision(weights) == pytest.approx(expected, abs=1e-12)
 
 
 def test_datasets_without_a_common_scene_cannot_be_paired() -> None:

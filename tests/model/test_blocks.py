@@ -32,6 +32,7 @@ def parameters_of(unit):
     return {key.removeprefix("p/"): value for key, value in unit.items() if key.startswith("p/")}
 
 
+@pytest.mark.slow
 def test_scale_norm_and_attention_match_the_original(unit):
     expected = unit("gau")
     norm = ScaleNorm(8).double()
