@@ -53,6 +53,8 @@ def test_the_decoded_file_takes_pixels_and_gives_keypoints(
     runs = OnnxModel(path)
     found_keypoints, found_scores = predict_crops(runs, torch.from_numpy(crops))
     assert runs.decoded and np.array_equal(found_scores, scores)
+    with pytest.raises(ValueError, match="keypoints do not average"):
+        predict_crops(runs, torch.from_numpy(crops), torch.arange(len(config.keypoint_set)))
     seen = scores > 0  # the others have no place
     assert np.array_equal(found_keypoints[seen], keypoints[seen])
 
@@ -124,7 +126,7 @@ def test_an_export_that_fails_leaves_no_file(
 
 
 def test_files_that_are_no_exports_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="`cigpose export` writes one"):
+    with pytest.raises(FileNotFoundError, match="no ONNX file there"):
         OnnxModel(tmp_path / "model.onnx")
     (tmp_path / "model.onnx").write_bytes(b"not protobuf")
     with pytest.raises(ValueError, match="onnxruntime cannot load it"):

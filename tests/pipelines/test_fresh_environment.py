@@ -50,6 +50,7 @@ def test_a_registered_model_works_in_an_environment_of_its_own_requirements(tmp_
         lineage={"datasets": {config.data.val: facts}, "git_revision": None, "dvc_lock": None},
         pictures=[],
         report=None,
+        calibration=None,
         run={},
     )
     build(package, tmp_path / "model", root, Model())
