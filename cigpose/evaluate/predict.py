@@ -101,9 +101,7 @@ def predict_crops(
         ValueError: a flip test of a model whose outputs are decoded already.
     """
     if flip_index is not None and getattr(model, "decoded", False):
-        raise ValueError(
-            "flip test: this file was exported with --decoded; keypoints do not average. Leave it out."
-        )
+        raise ValueError("flip test: this file was exported with --decoded; keypoints do not average. Leave it out.")
     images = images_for(model, crops)
     enabled = autocast != torch.float32
     with torch.autocast(crops.device.type, autocast if enabled else None, enabled=enabled):
