@@ -93,10 +93,10 @@ def _loss(model: nn.Module, exported: Any, config: Config, root: Path) -> str:
     flip = "with" if config.evaluate.flip_test else "without"
     lines = [
         f"on {config.data.val}, {config.evaluate.boxes} boxes, {flip} flip test",
-        "           torch     file     lost",
+        "AP           torch     file     lost",
     ]
     for name, before in figures[0].items():
         if name.endswith("/AP"):
             after = figures[1][name]
-            lines.append(f"{name.removesuffix('/AP'):<11} {before:>6.4f}   {after:>6.4f}  {before - after:>+7.4f}")
+            lines.append(f"{name.removesuffix('/AP'):<11} {before:6.4f}   {after:6.4f}  {before - after:+7.4f}")
     return "\n".join(lines) + "\n"

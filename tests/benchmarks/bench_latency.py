@@ -1,7 +1,7 @@
 """How long a batch of crops takes in each form of the same network: eager, compiled, and exported.
 
     python tests/benchmarks/bench_latency.py [--presets NAME ...] [--batches 1 8] [--threads 1 2] [--rounds 9]
-                                             [--compile]
+                                             [--compile] [--folder FOLDER]
 
 From uint8 crops on to logits, normalisation included, with random weights and random crops. All forms take turns within
 a round; a cell is the median over the rounds of eager's time over the form's, so that a busy machine slows both. With
@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,9 +37,9 @@ def export_all(network: PoseEstimator, folder: Path) -> dict[str, Path]:
     width, height = network.config.model.input_size
     crops = torch.randint(0, 256, (4, height, width, 3), dtype=torch.uint8)
     return {
-        f"onnxruntime {numbers}": export_onnx(
-            network, network.config, folder / f"{numbers}.onnx", numbers=numbers, calibration=[crops], tolerance=1e-2
-        )
+        f"onnxruntime {numbers}": path
+        if (path := folder / f"{network.config.name}-{numbers}.onnx").exists()
+        else export_onnx(network, network.config, path, numbers=numbers, calibration=[crops], tolerance=1e-2)
         for numbers in EXPORTS
     }
 
@@ -88,9 +89,11 @@ def report(name: str, options: argparse.Namespace, folder: Path) -> None:
         for batch in options.batches:
             times = timed(make_steps(network, files, batch, threads, options.compile), options.rounds, clock)
             eager = times["eager"]
-            columns[f"batch {batch}, {threads} thread{'s' * (threads > 1)}"] = {
+            column = {
                 form: statistics.median(a / b for a, b in zip(eager, each, strict=True)) for form, each in times.items()
             } | {"ms of eager": 1e3 * statistics.median(eager)}
+            columns[f"batch {batch}, {threads} thread{'s' * (threads > 1)}"] = column
+            print(f"{name}, batch {batch}, threads {threads}: {column}", file=sys.stderr, flush=True)
     print(f"\n| {name} | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns))
     for form in next(iter(columns.values())):
         print(f"| {form} | " + " | ".join(f"{column[form]:.2f}" for column in columns.values()) + " |", flush=True)
@@ -105,12 +108,13 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="with torch.compile too, which needs a C++ compiler")
+    parser.add_argument("--folder", type=Path, help="where exported files are kept for the next time")
     options = parser.parse_args()
     print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__},")
     print(f"onnxruntime {onnxruntime.__version__}, {torch.backends.cpu.get_cpu_capability()}; times faster than eager")
     for name in options.presets:
         with tempfile.TemporaryDirectory() as folder:
-            report(name, options, Path(folder))
+            report(name, options, options.folder or Path(folder))
 
 
 if __name__ == "__main__":
