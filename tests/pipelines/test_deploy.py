@@ -198,7 +198,7 @@ def served(name: str, health: str, replaced: dict[str, str], log: Path) -> Itera
     """Address of a service of compose.yaml, run by its own command in its own environment, with other addresses."""
     service, port = COMPOSE["services"][name], free_port()
     own = service["ports"][0].rpartition(":")[2]
-    text = yaml.safe_dump({"command": service["command"], "environment": service["environment"]})
+    text = yaml.safe_dump({"command": service["command"], "environment": service["environment"]}, width=1000)
     for pattern, value in {"0.0.0.0": "127.0.0.1", rf"\b{own}\b": str(port), **replaced}.items():
         text = re.sub(pattern, value, text)
     asked = yaml.safe_load(text)
@@ -215,7 +215,8 @@ def served(name: str, health: str, replaced: dict[str, str], log: Path) -> Itera
             time.sleep(0.2)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def growing(monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, float]], li
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     monkeypatch.setattr(ray, "cluster_resources", lambda: there[0] if len(there) == 1 else there.pop(0))
     monkeypatch.setattr(cluster.autoscaler, "request_resources", lambda bundles: asked.append(bundles))
-    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    monkeypatch.setattr(cluster, "LOOKS_EVERY_S", 0)
     return there, asked
 
 
@@ -63,7 +64,7 @@ def test_nodes_that_do_not_come_are_not_waited_for_for_ever(growing: Any) -> Non
     minutes = iter(range(100))
     with pytest.raises(TrainingError, match=r"2 workers with a GPU each.*2 CPUs and 0 GPUs.*\(5 min: train\.cluster"):
         cluster.find_resources(config_of(use_gpu=True, wait_minutes=5), clock=lambda: 60.0 * next(minutes))
-    assert next(minutes) == 8 - 1 and asked[-1] == []
+    assert next(minutes) == 7 and asked[-1] == []
 
 
 def test_this_machine_alone_is_not_waited_for(growing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,7 @@ def test_a_node_with_nothing_but_addresses_trains(tmp_path: Path, s3: Any) -> No
     "CIGPOSE_TEST_CLUSTER" not in os.environ, reason="starts a Ray cluster of two nodes; set CIGPOSE_TEST_CLUSTER=1"
 )
 def test_a_node_that_joins_a_real_cluster_late_is_waited_for_and_gets_the_variables(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ray.cluster_utils import Cluster
 
@@ -160,17 +161,12 @@ def test_a_node_that_joins_a_real_cluster_late_is_waited_for_and_gets_the_variab
     try:
         monkeypatch.setenv("RAY_ADDRESS", made.address)
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        looks = iter(range(100))
-
-        def sleep(_seconds: float) -> None:
-            if next(looks) == 0:
-                made.add_node(num_cpus=8)
-
-        monkeypatch.setattr(cluster.time, "sleep", sleep)
+        monkeypatch.setattr(cluster, "LOOKS_EVERY_S", 0.5)
+        threading.Timer(3, made.add_node, kwargs={"num_cpus": 8}).start()
         wanted = config_of(use_gpu=False)
         with cluster.joined(wanted):
             assert cluster.find_resources(wanted) is False
-            assert next(looks) >= 1
+            assert "waiting for nodes of the cluster" in capsys.readouterr().out
             seen = ray.remote(num_cpus=4)(lambda: os.environ.get("GLOO_SOCKET_IFNAME")).remote()
             assert ray.get(seen, timeout=120) == "lo"
     finally:

@@ -125,6 +125,29 @@ def test_a_checkpoint_beyond_the_end_of_the_epoch_goes_on_with_the_next(
     assert store.load_newest()[2]["weights"] == result["weights"]
 
 
+def test_the_next_batch_is_on_its_way_to_the_device_while_a_step_is_computed(
+    tiny_config: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Watched(loop.Copier):
+        def begin(self, batch: Any) -> Any:
+            order.append("copy")
+            return super().begin(batch)
+
+    def step(state: Any, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        order.append("step")
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(loop, "Copier", Watched)
+    monkeypatch.setattr(loop, "train_step", step)
+    config = tiny_config()
+    training = loop._Training(config, place(config, shards, tmp_path), Recorder())
+    training._run_epoch()
+    steps = training.steps_per_epoch
+    assert order == ["copy"] + ["copy", "step"] * (steps - 1) + ["step"]
+
+
 def test_an_unknown_metric_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"train.validation.metric: 'whole/PCK' is not among .*whole/AP"):
         validation.chosen_metric({"whole/AP": 0.1}, "whole/PCK")
