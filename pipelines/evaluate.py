@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from cigpose.config import Config
-from cigpose.deploy.onnx import export_onnx
+from cigpose.deploy.export import export_onnx
+from cigpose.deploy.onnx import OnnxModel
 from cigpose.evaluate import report
 from cigpose.evaluate.calibration import fit_calibration
-from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, sample_pictures
+from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, measure, sample_pictures
 from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
 from cigpose.files.digest import sha256_of
@@ -38,15 +39,26 @@ def main(config: Config) -> None:
     evaluation = evaluate_checkpoint(WEIGHTS, config, shards_root=SHARDS, results_path=REPORT / "results.json")
     assert evaluation is not None  # one process: this is rank 0
     write_results(evaluation, REPORT)
-    export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    exported = export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    metrics = evaluation.metrics | onnx_figures(exported, evaluation.config)
     calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
-    report.write_metrics_json(evaluation.metrics, METRICS)
+    report.write_metrics_json(metrics, METRICS)
     metric = evaluation.config.evaluate.metric
     speed = len(evaluation.predictions) / evaluation.seconds  # not on the page: the same model gives the same bytes
     value = evaluation.metrics.get(metric, float("nan"))
     print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
-    print(report.parts_table(evaluation.metrics), end="")
+    print(report.parts_table(metrics), end="")
+
+
+def onnx_figures(exported: Path, config: Config) -> dict[str, float]:
+    """Figures of the exported file over all keypoints, where they are asked for."""
+    if not config.registry.measure_onnx:
+        return {}
+    figures = measure(OnnxModel(exported), config, shards_root=SHARDS)
+    return {
+        name.replace("whole/", "whole_onnx/"): value for name, value in figures.items() if name.startswith("whole/")
+    }
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:

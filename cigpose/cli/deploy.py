@@ -1,4 +1,4 @@
-"""`cigpose predict` and `cigpose export`."""
+"""`cigpose predict`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ MODEL = Path("data/model/model.safetensors")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add both subcommands."""
-    _add_predict(subparsers)
-    _add_export(subparsers)
-
-
-def _add_predict(subparsers: Any) -> None:
+    """Add the subcommand."""
     predict = subparsers.add_parser(
         "predict",
         help="poses in pictures, folders and videos",
@@ -94,20 +89,6 @@ def _add_people(predict: argparse.ArgumentParser) -> None:
         type=float,
         help="leave out boxes below (default: 0 for --boxes, what `cigpose.deploy.detector` says for --detector)",
     )
-
-
-def _add_export(subparsers: Any) -> None:
-    export = subparsers.add_parser(
-        "export",
-        help="write the network as an ONNX file",
-        description="Write the network as one ONNX file with a free batch size, and compare it with torch.",
-    )
-    _add_model(export, "our .safetensors, or an official .pth (default: %(default)s)")
-    export.add_argument("--out", type=Path, default=Path("model.onnx"), help="file to write (default: %(default)s)")
-    export.add_argument(
-        "--decoded", action="store_true", help="uint8 RGB crops in, keypoints and scores out, instead of logits"
-    )
-    export.set_defaults(run=_export)
 
 
 def _add_model(parser: argparse.ArgumentParser, help_text: str | None = None) -> None:
@@ -230,12 +211,3 @@ def _header(options: argparse.Namespace, predictor: Predictor) -> dict[str, Any]
         "categories": [person],
         "annotations": [],
     }
-
-
-def _export(options: argparse.Namespace) -> None:
-    from cigpose.deploy.onnx import export_onnx
-    from cigpose.model.weights import load_checkpoint
-
-    model = load_checkpoint(Path(options.model), _config(options))
-    path = export_onnx(model, model.config, options.out, decoded=options.decoded)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, equal to torch within the tolerance")

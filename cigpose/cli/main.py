@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cigpose.cli import deploy, detectors, evaluate, presets, shards
+from cigpose.cli import deploy, detectors, evaluate, export, presets, shards
 from cigpose.files.addresses import without_credentials
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cigpose", description=__doc__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (presets, shards, evaluate, deploy, detectors):
+    for group in (presets, shards, evaluate, deploy, detectors, export):
         group.add_parser(subparsers)
     return parser
 

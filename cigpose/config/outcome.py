@@ -116,6 +116,10 @@ class RegistryConfig:
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
     pictures: int = field(default=16, metadata=affects("evaluate", "register"))
     """Sample predictions logged with the model."""
+    measure_onnx: bool = field(default=False, metadata=affects("evaluate", "register"))
+    """Measure the exported file too, on the CPU; its figures stand beside torch's as `whole_onnx`."""
+    detector: str | None = None
+    """ONNX file of a person detector, kept with each version so that the served model finds people itself."""
     serving: ServingConfig = field(default_factory=ServingConfig)
     """What one request to the served model may ask for."""
 

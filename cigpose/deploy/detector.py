@@ -19,8 +19,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from cigpose.deploy.onnx import MissingPackageError
-from cigpose.deploy.sessions import open_session
+from cigpose.deploy.sessions import MissingPackageError, open_session
 from cigpose.model.estimator import MEAN_RGB, STD_RGB
 
 MIN_SCORE = 0.2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from cigpose.deploy.onnx import MissingPackageError
+from cigpose.deploy.sessions import MissingPackageError
 from cigpose.draw import draw_poses
 from cigpose.evaluate.coco import result_entry
 from cigpose.files.atomic import write_bytes

@@ -46,6 +46,8 @@ class Row:
 
     number: int
     content: bytes
+    megapixels: float
+    """By its header."""
     boxes: list[list[float]] | None
 
     def read(self) -> np.ndarray:
@@ -115,14 +117,21 @@ def read_rows(columns: Mapping[str, Sequence[Any]], limits: ServingConfig) -> li
     rows = []
     for number, (image, some) in enumerate(zip(images, boxes, strict=True)):
         content = _content(image, f"row {number}: image")
-        refuse_size(content, f"row {number}: image", limits.max_megapixels)
-        rows.append(Row(number, content, some))
+        megapixels = read_size(content, f"row {number}: image", limits.max_megapixels)
+        rows.append(Row(number, content, megapixels, some))
     return rows
 
 
-def pixels_of(rows: Iterable[Row]) -> Iterator[np.ndarray]:
-    """Pixels of each row, decoded when they are asked for, so that one picture at a time is in memory."""
-    return (row.read() for row in rows)
+def grouped(rows: Iterable[Row], max_megapixels: float) -> Iterator[list[Row]]:
+    """Rows whose pictures may be in memory together: as many pixels as the largest that is allowed."""
+    group: list[Row] = []
+    for row in rows:
+        if group and sum(one.megapixels for one in group) + row.megapixels > max_megapixels:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 def read_boxes(value: Any, where: str, most: int) -> list[list[float]] | None:
@@ -182,11 +191,16 @@ def _content(value: Any, where: str) -> bytes:
         raise RequestError(f"{where}: {shown(value)} is not base64 ({err}).") from err
 
 
-def refuse_size(content: bytes, where: str, max_megapixels: float) -> None:
-    """See by its header that a file is a picture of a size one can afford to decode.
+def read_size(content: bytes, where: str, max_megapixels: float) -> float:
+    """Megapixels of a picture by its header.
+
+    Args:
+        content: the bytes of its file.
+        where: its place, for messages.
+        max_megapixels: what one can afford to decode.
 
     Raises:
-        RequestError: it is not.
+        RequestError: it has more, or is no picture.
     """
     expected = f"allowed are {max_megapixels:g} million. Make it smaller."
     try:
@@ -198,3 +212,4 @@ def refuse_size(content: bytes, where: str, max_megapixels: float) -> None:
         raise RequestError(f"{where}: these {len(content)} bytes are no picture; give {', '.join(FORMATS)}.") from err
     if width * height > max_megapixels * 1e6:
         raise RequestError(f"{where}: {width} x {height} pixels, {expected}")
+    return width * height / 1e6

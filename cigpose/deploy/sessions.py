@@ -1,12 +1,15 @@
-"""ONNX files of other makers, opened by onnxruntime on the CPU."""
+"""ONNX files, opened by onnxruntime on the CPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from cigpose.deploy.onnx import MissingPackageError
 from cigpose.model.weights import ONNX, refuse_foreign
+
+
+class MissingPackageError(ModuleNotFoundError, ValueError):
+    """A package that only some commands need; both kinds, so that callers who report user errors report it too."""
 
 
 def open_session(path: Path, threads: int = 0) -> Any:

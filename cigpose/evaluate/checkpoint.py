@@ -99,6 +99,19 @@ def evaluate_checkpoint(
     return Evaluation(metrics=metrics, predictions=predictions, truth=truth, config=config, seconds=seconds)
 
 
+def measure(model: nn.Module, config: Config, *, shards_root: Path = Path("data/shards")) -> dict[str, float]:
+    """`<part>/<figure>` -> value of a network, exported ones too, on `config.data.val` by `config.evaluate`.
+
+    Raises:
+        FileNotFoundError: shards or ground truth are missing.
+        ValueError: they do not fit, or a person was not predicted exactly once.
+    """
+    shards = open_shards(config, config.data.val, shards_root)
+    predictions = predict_share(model, config, shards, shards_root, torch.device("cpu"), 0, 1)
+    refuse_incomplete(predictions, shards, config)
+    return evaluate_predictions(predictions, dataset_truth(shards, config), config.keypoint_set, config.evaluate)
+
+
 def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
     """The model's configuration with the dataset, the protocol and the registry of another.
 

@@ -16,7 +16,7 @@ from cigpose.codec import decode
 from cigpose.crop import crop_to_image
 from cigpose.evaluate.predictions import FIELDS, Predictions
 from cigpose.keypoints import KeypointSet
-from cigpose.model.estimator import forward_flip_test, normalize
+from cigpose.model.estimator import forward_flip_test, images_for
 
 __all__ = ["Predictions", "predict", "predict_crops"]
 
@@ -96,8 +96,13 @@ def predict_crops(
         autocast: what the network computes in.
 
     Returns: keypoints (B, K, 2) and scores (B, K), float32.
+
+    Raises:
+        ValueError: a flip test of a model whose outputs are decoded already.
     """
-    images = normalize(crops)
+    if flip_index is not None and getattr(model, "decoded", False):
+        raise ValueError("flip test: this file was exported with --decoded; keypoints do not average. Leave it out.")
+    images = images_for(model, crops)
     enabled = autocast != torch.float32
     with torch.autocast(crops.device.type, autocast if enabled else None, enabled=enabled):
         simcc_x, simcc_y = model(images) if flip_index is None else forward_flip_test(model, images, flip_index)

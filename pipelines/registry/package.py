@@ -35,7 +35,9 @@ from packaging.requirements import Requirement
 import cigpose
 from cigpose.config import Config, public_params
 from cigpose.config.schema import to_mapping
+from cigpose.deploy.detector import Detector
 from cigpose.evaluate.calibration import FILE as CALIBRATION
+from cigpose.files.digest import sha256_of
 from cigpose.shard.index import read_index
 from pipelines.lineage import (
     content_digest,
@@ -67,6 +69,8 @@ class Package:
     """What scores mean as probabilities; None where too little was labelled."""
     run: Mapping[str, Any]
     """run.json of the training."""
+    detector: Path | None = None
+    """Finds the people of pictures that come without boxes."""
 
 
 def read_lineage(config: Config, root: Path) -> dict[str, Any]:
@@ -128,6 +132,7 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
         "pictures": staging / "pictures",
         **({"dvc_lock": lock} if lock else {}),
         **({"report": package.report} if package.report else {}),
+        **({"detector": package.detector} if package.detector else {}),
         **({"calibration": package.calibration} if package.calibration else {}),
     }
     with _quiet():
@@ -251,7 +256,7 @@ def figure_rows(metrics: Mapping[str, float], figures: Sequence[str] = ("AP", "A
 def model_card(package: Package) -> str:
     """The README.md of a registered model."""
     config, lineage = package.config, package.lineage
-    serving, (width, height) = config.registry.serving, config.model.input_size
+    width, height = config.model.input_size
     head, *rows = figure_rows(package.evaluation.metrics)
     protocol = json.loads(package.evaluation.protocol)
     val = lineage["datasets"][config.data.val]
@@ -287,27 +292,36 @@ def model_card(package: Package) -> str:
         f"{package.run.get('epochs', '-')}; git `{lineage['git_revision'] or '-'}`; dvc.lock "
         f"`{lineage['dvc_lock'] or '-'}`. `artifacts/params.yaml` holds every number of it.",
         "",
+        *_use(package),
+    ]
+    return "\n".join(lines)
+
+
+def _use(package: Package) -> list[str]:
+    """The last part of the model card."""
+    serving, inside = package.config.registry.serving, package.detector is not None
+    without = "the detector inside finds the people" if inside else "the whole picture is one person"
+    return [
         "## Use",
         "```python",
         "import mlflow, pandas",
         "",
-        f'model = mlflow.pyfunc.load_model("models:/{config.registry.model}@champion")',
+        f'model = mlflow.pyfunc.load_model("models:/{package.config.registry.model}@champion")',
         'pictures = pandas.DataFrame({"image": [open("people.jpg", "rb").read()], "boxes": [[[10, 20, 200, 460]]]})',
         'model.predict(pictures)[0]["persons"][0]["keypoints"]     # [[x, y, score], ...] in image pixels',
         "```",
         "`image` is the bytes of a picture (JPEG, PNG, WebP, BMP) or their base64, `boxes` one person a box, as lists "
-        "or JSON text; without it the whole picture is one person. One request holds at most "
-        f"{serving.max_pictures} pictures of {serving.max_megapixels:g} megapixels and {serving.max_boxes} boxes; "
-        "`load_model(..., model_config={...})`, or SERVING_MODEL_CONFIG for a server, sets other limits.",
+        f"or JSON text; without it {without}. One request holds at most {serving.max_pictures} pictures of "
+        f"{serving.max_megapixels:g} megapixels and {serving.max_boxes} boxes; `load_model(..., model_config=...)`, or "
+        "SERVING_MODEL_CONFIG for a server, sets other limits.",
         "",
         "`artifacts/model.onnx` is the network alone: normalised crops in, SimCC logits out.",
         "",
         "## Limits",
-        "It needs a box for each person (no detector inside), expects upright people as in its training data, and was "
-        "measured on the set above only.",
+        f"It needs a box for each person ({'a' if inside else 'no'} detector inside), expects upright people as in its "
+        "training data, and was measured on the set above only.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Measurement) -> Package:
@@ -330,6 +344,7 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
         report=page if page.is_file() else None,
         calibration=calibration if calibration.is_file() else None,
         run=run_info,
+        detector=_detector(config, root),
     )
     for path in (package.weights, package.params, package.onnx):
         if not path.is_file():
@@ -337,11 +352,23 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
     return package
 
 
+def _detector(config: Config, root: Path) -> Path | None:
+    """The detector of `registry.detector`, once it has been opened.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is none.
+    """
+    return Detector(root / config.registry.detector).path if config.registry.detector else None
+
+
 def origin_tags(package: Package) -> dict[str, str]:
     """Tags of a version that say where it comes from."""
     lineage = package.lineage
     tags = {f"data.{name}": facts["content"] for name, facts in lineage["datasets"].items()}
     tags |= {"git.revision": lineage["git_revision"] or "none", "dvc.lock": lineage["dvc_lock"] or "none"}
+    if package.detector:
+        tags["detector"] = sha256_of(package.detector)
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
     return tags | {"cigpose.preset": package.config.name, "keypoints": package.config.keypoint_set.name}

@@ -2,8 +2,8 @@
 
 MLflow keeps this file with the model ("models from code"), beside the `cigpose` library it was registered with; nothing
 is pickled. One row a picture: column `image` (bytes of a JPEG, PNG, WebP or BMP file; base64 in a request) and, if
-wanted, column `boxes` ([[x0, y0, x1, y1], ...] in image pixels, or that as JSON text; without it the whole picture is
-one person). One answer a row:
+wanted, column `boxes` ([[x0, y0, x1, y1], ...] in image pixels, or that as JSON text). Without it the detector that was
+registered with the model finds the people; without one the whole picture is one person. One answer a row:
 
     {"image_size": [width, height], "keypoint_set": "coco_wholebody", "names": ["nose", ...],
      "persons": [{"bbox_xyxy": [4], "score": 0.9, "keypoints": [[x, y, score], ...]}, ...]}
@@ -54,9 +54,12 @@ class PoseService(PythonModel):
         """Load the weights; they carry their configuration."""
         from cigpose.config import ServingConfig
         from cigpose.config.schema import from_mapping
+        from cigpose.deploy.detector import Detector
         from cigpose.deploy.predictor import Predictor
 
         self._limits = from_mapping(ServingConfig, context.model_config or {}, "model_config")
+        detector = context.artifacts.get("detector")
+        self._detector = Detector(detector) if detector else None
         self._predictor = Predictor.load(context.artifacts["weights"])
         if SERVER in sys.modules:
             guard_server(self._limits)
@@ -67,14 +70,14 @@ class PoseService(PythonModel):
         Raises:
             RefusedError: a request that cannot be answered; the message names row and value.
         """
-        from cigpose.deploy.request import RequestError, pixels_of, read_rows
+        from cigpose.deploy.request import RequestError, grouped, read_rows
 
         del context, params
         if not hasattr(model_input, "items"):
             raise RefusedError(f"request: expected rows with a column 'image', got {type(model_input).__name__}.")
         try:
-            rows = read_rows(dict(model_input.items()), self._limits)
-            found = self._predictor.predict_many(pixels_of(rows), [row.boxes for row in rows])
+            groups = grouped(read_rows(dict(model_input.items()), self._limits), self._limits.max_megapixels)
+            found = [poses for group in groups for poses in self._poses(group)]
         except RequestError as err:
             raise RefusedError(str(err)) from err
         except ValueError as err:  # of the model, not of the request
@@ -82,6 +85,17 @@ class PoseService(PythonModel):
         keypoints = self._predictor.keypoint_set
         common = {"keypoint_set": keypoints.name, "names": list(keypoints.names)}
         return [{"image_size": list(poses.image_size), **common, "persons": poses.to_records()} for poses in found]
+
+    def _poses(self, rows: list[Any]) -> list[Any]:
+        """Of pictures that may be in memory together; the people of each that the detector is surest of."""
+        pictures, boxes = [row.read() for row in rows], [row.boxes for row in rows]
+        if self._detector:
+            most = self._limits.max_boxes
+            boxes = [
+                self._detector(picture)[:most] if some is None else some
+                for picture, some in zip(pictures, boxes, strict=True)
+            ]
+        return self._predictor.predict_many(pictures, boxes)
 
 
 class GuardedBody:

@@ -119,7 +119,7 @@ assert main([*predict, "--model", "model.onnx", "--out", "onnx"]) == 0
 """
     result = fresh_process("-c", code, str(tiny_model), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("equal to torch within the tolerance") == 2
+    assert result.stdout.count("compared with torch") == 2
     predictor = Predictor.load(tiny_model, device="cpu", flip_test=False)
     expected = predictor(tmp_path / "photo.png").to_records()
     for out in ("torch", "onnx"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cigpose.config import ServingConfig
-from cigpose.deploy.request import RequestError, read_rows, refuse_body
+from cigpose.deploy.request import RequestError, grouped, read_rows, refuse_body
 
 LIMITS = ServingConfig(max_pictures=3, max_boxes=5, max_megapixels=1.0, max_json_depth=6)
 BOX = [10.0, 20.0, 200.0, 220.0]
@@ -134,3 +134,10 @@ def test_bodies_that_are_refused(body: bytes, sentence: str) -> None:
 def test_brackets_and_quotes_within_texts_are_no_levels() -> None:
     text = base64.b64encode(bytes(3000)).decode() + '[[[[[[[[[ \\" {{{{'
     refuse_body(json.dumps({"dataframe_records": [{"image": text, "boxes": "[[1, 2, 3, 4]]"}]}).encode(), LIMITS)
+
+
+def test_pictures_are_in_memory_together_up_to_the_size_of_one() -> None:
+    rows = read_rows({"image": [png_of_zeros(900, 900), PICTURE, PICTURE]}, LIMITS)
+    assert [[row.number for row in group] for group in grouped(rows, LIMITS.max_megapixels)] == [[0, 1, 2]]
+    assert [[row.number for row in group] for group in grouped(rows, 0.82)] == [[0], [1, 2]]
+    assert list(grouped([], 1.0)) == []

@@ -13,7 +13,7 @@ import yaml
 from cigpose.config import Config, config_from_mapping, load_preset, public_params
 from cigpose.config.params_file import write_params
 from cigpose.config.schema import ADDRESS, field_marks, to_mapping
-from cigpose.deploy.onnx import export_onnx
+from cigpose.deploy.export import export_onnx
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import read_config, save_weights
 from pipelines import register, ui

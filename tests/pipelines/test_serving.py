@@ -4,6 +4,7 @@ import base64
 import json
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +18,16 @@ import pytest
 import requests
 import torch
 from mlflow.models import Model
+from mlflow.pyfunc.model import PythonModelContext
 
 from cigpose.config import Config
 from cigpose.config.params_file import write_params
-from cigpose.deploy.predictor import Predictor
+from cigpose.deploy.detector import Detector
+from cigpose.deploy.predictor import Predictor, read_image
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import save_weights
 from pipelines import register, ui
+from pipelines.registry import serving
 from pipelines.registry.package import Package, build
 from pipelines.registry.versions import Measurement
 
@@ -61,6 +65,7 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lineage={"datasets": {config.data.val: facts}, "git_revision": None, "dvc_lock": None},
         pictures=[],
         report=None,
+        calibration=None,
         run={},
     )
     build(package, root / "model", root, Model())
@@ -132,13 +137,36 @@ def test_broken_weights_are_the_models_fault(packaged: Path) -> None:
     assert caught.value.get_http_status_code() == 500
 
 
+def test_a_detector_that_was_registered_finds_the_people(packaged: Path, shared: Path, tmp_path: Path) -> None:
+    detector = shared / "detectors/yolox_nano.onnx"
+    context = PythonModelContext({"weights": packaged / "artifacts/model.safetensors", "detector": detector}, LIMITS)
+    service = serving.PoseService()
+    service.load_context(context)
+    labels = json.loads((shared / "coco128/keypoints.json").read_text())["annotations"]
+    largest = max(labels, key=lambda label: label["area"])["image_id"]
+    with zipfile.ZipFile(shared / "coco128/images.zip") as archive:
+        content = archive.read(f"images/{largest:012d}.jpg")
+    expected = Detector(detector)(read_image(content))
+    found = service.predict(context, {"image": [content, content], "boxes": [None, BOXES]})
+    assert len(expected) > 0
+    assert [person["bbox_xyxy"] for person in found[0]["persons"]] == np.round(expected[:, :4], 2).tolist()
+    assert len(found[1]["persons"]) == len(BOXES)
+
+
 @pytest.mark.slow
-def test_a_registered_model_is_loaded_by_its_alias(project: Path, trained, config: Config) -> None:
+def test_a_registered_model_is_loaded_by_its_alias_with_its_detector(
+    project: Path, trained, make_config: Callable[..., Config], shared: Path
+) -> None:
+    config = make_config(detector="nowhere.onnx")
     trained(config, seed=1, whole_ap=0.5)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.onnx: no ONNX file there"):
+        register.register(config, project)
+    config = make_config(detector=str(shared / "detectors/yolox_nano.onnx"))
     register.register(config, project)
     model = mlflow.pyfunc.load_model("models:/cigpose-quickstart@champion")
     assert model.model_config["max_boxes"] == config.registry.serving.max_boxes
-    assert len(model.predict(pandas.DataFrame({"image": [PICTURE]}))[0]["persons"]) == 1
+    assert model.predict(pandas.DataFrame({"image": [PICTURE]}))[0]["persons"] == []  # nobody in the noise
+    assert len(model.predict(pandas.DataFrame({"image": [PICTURE], "boxes": [BOXES]}))[0]["persons"]) == 2
 
 
 @pytest.mark.slow
