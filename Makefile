@@ -45,7 +45,7 @@ format: install      ## let ruff mend what it can
 retrain: install     ## the Prefect flow `retrain`, once
 	@python -m pipelines.retrain
 
-ui: install          ## Prefect server and MLflow UI on loopback
+ui: install          ## Prefect, MLflow and the deployments of prefect.yaml, on loopback
 	@python -m pipelines.ui
 
 bench: install       ## benchmarks: ratios against a reference in the same run

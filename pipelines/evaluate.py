@@ -5,6 +5,7 @@ data/report/predictions.npz     every person, every keypoint, every score
 data/report/report.html         one page: figures, curves, kinds of error, people, pictures, protocol
 data/report/pictures/*.jpg      predictions beside the labels, contact sheets
 data/report/model.onnx          the network, checked against torch
+data/report/calibration.json    what the scores of these two files mean, as probabilities
 data/metrics/evaluate.json      {part: {figure: value}}
 data/plots/parts.csv            AP and AR per part
 """
@@ -20,9 +21,11 @@ import torch
 from cigpose.config import Config
 from cigpose.deploy.onnx import export_onnx
 from cigpose.evaluate import report
+from cigpose.evaluate.calibration import fit_calibration
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, sample_pictures
 from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
+from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS
 from pipelines.stage import stage
@@ -36,6 +39,7 @@ def main(config: Config) -> None:
     assert evaluation is not None  # one process: this is rank 0
     write_results(evaluation, REPORT)
     export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(evaluation.metrics, METRICS)
     metric = evaluation.config.evaluate.metric
@@ -59,6 +63,20 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
     )
     facts = protocol(config, evaluation)
     write_page(folder / "report.html", evaluation, shards, facts=facts, loss=LOSS_PLOT, validation=VALIDATION_PLOT)
+
+
+def calibrate(evaluation: Evaluation, folder: Path) -> None:
+    """Learn what scores mean, where enough is labelled."""
+    calibration = fit_calibration(
+        evaluation.predictions,
+        evaluation.truth,
+        evaluation.config.keypoint_set,
+        models=[sha256_of(WEIGHTS), sha256_of(folder / "model.onnx")],
+        about=protocol(evaluation.config, evaluation),
+    )
+    if calibration is not None:
+        calibration.write(folder)
+        print(f"scores as probabilities: expected calibration error {calibration.error:.3f}")
 
 
 def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:

@@ -28,7 +28,9 @@ def add_parser(subparsers: Any) -> None:
     evaluate.add_argument("--boxes", choices=("ground_truth", "detections"), help="default: as params.yaml says")
     evaluate.add_argument("--flip-test", action=argparse.BooleanOptionalAction, help="default: as params.yaml says")
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    evaluate.add_argument("--out", type=Path, help="folder for results.json and metrics.json")
+    evaluate.add_argument(
+        "--out", type=Path, help="folder for results.json, metrics.json and calibration.json (see `cigpose.Predictor`)"
+    )
     evaluate.add_argument(
         "--corruptions", action="store_true", help="also measure blurred, dark, noisy, compressed and occluded crops"
     )
@@ -37,8 +39,10 @@ def add_parser(subparsers: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from cigpose.evaluate import report
+    from cigpose.evaluate.calibration import fit_calibration
     from cigpose.evaluate.checkpoint import evaluate_checkpoint
     from cigpose.evaluate.robustness import evaluate_corruptions
+    from cigpose.files.digest import sha256_of
 
     config = load_params(options.params)
     if options.preset:  # an official .pth does not say what it is
@@ -59,6 +63,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(report.parts_table(evaluation.metrics), end="")
     if options.out:
         report.write_metrics_json(evaluation.metrics, options.out / "metrics.json")
+        calibration = fit_calibration(
+            evaluation.predictions,
+            evaluation.truth,
+            evaluation.config.keypoint_set,
+            models=[sha256_of(options.model)],
+            about={"dataset": options.dataset or config.data.val, "flip test": evaluation.config.evaluate.flip_test},
+        )
+        if calibration is not None:
+            calibration.write(options.out)
     if options.corruptions:
         table = evaluate_corruptions(
             options.model,

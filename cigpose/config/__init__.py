@@ -17,7 +17,14 @@ from cigpose.config.experiment import (
     public_params,
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
-from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig, ServingConfig
+from cigpose.config.outcome import (
+    EvaluateConfig,
+    NotifyConfig,
+    ProtocolConfig,
+    PublishedConfig,
+    RegistryConfig,
+    ServingConfig,
+)
 from cigpose.config.schema import ConfigError
 from cigpose.config.training import (
     AugmentationConfig,
@@ -52,6 +59,7 @@ __all__ = [
     "HeadConfig",
     "LoaderConfig",
     "ModelConfig",
+    "NotifyConfig",
     "OptimizerConfig",
     "ProtocolConfig",
     "PublishedConfig",

@@ -12,7 +12,7 @@ from typing import Any
 from cigpose.config.data import DataConfig
 from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
-from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
+from cigpose.config.outcome import EvaluateConfig, NotifyConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
 from cigpose.config.schema import (
     HOW,
     LARGEST,
@@ -51,6 +51,7 @@ class Config:
     train: TrainConfig = field(metadata=affects("train"))
     evaluate: EvaluateConfig = field(metadata=affects("evaluate", "register"))
     registry: RegistryConfig = field(metadata=affects("register"))
+    notify: NotifyConfig = field(default_factory=NotifyConfig, metadata=HOW)
     published: PublishedConfig | None = field(default=None, metadata=HOW)
 
     def __post_init__(self) -> None:

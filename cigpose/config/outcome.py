@@ -1,4 +1,4 @@
-"""`evaluate`, `registry` and `published` in params.yaml."""
+"""`evaluate`, `registry`, `notify` and `published` in params.yaml."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import ADDRESS, HOW, ConfigError, affects, require_between
+from cigpose.config.schema import ADDRESS, HOW, PRIVATE, ConfigError, affects, require, require_between
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
@@ -122,6 +122,21 @@ class RegistryConfig:
     def __post_init__(self) -> None:
         require_between(self, 0, 1, "margin")
         require_between(self, 1, 10_000, "pictures")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifyConfig:
+    """Who is told how a retraining ended."""
+
+    webhook: str | None = field(default=None, metadata=PRIVATE)
+    """Address that takes Slack's JSON: told of failures, and whether a model became champion; null: nobody."""
+    timeout_s: float = 10.0
+    """Seconds that telling may take in all."""
+
+    def __post_init__(self) -> None:
+        is_web = self.webhook is None or self.webhook.startswith(("http://", "https://"))
+        require(is_web, "webhook must be an http or https address, or null.")
+        require_between(self, 0, 600, "timeout_s", positive=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,7 +25,7 @@ from cigpose.model.estimator import MEAN_RGB, STD_RGB
 
 MIN_SCORE = 0.2
 """Boxes below are left out. Of 117 labelled people of COCO larger than 64 x 64 pixels YOLOX-Nano finds 91.5 % from here
-on, with a false box in every second picture; 94.0 % from 0.1 on with two false ones, 85.5 % from 0.3 on."""
+on, with a false box in every second picture; docs/predict.md has the table."""
 MAX_OVERLAP = 0.45
 """Of two boxes with a larger intersection over union the worse is left out; YOLOX's own."""
 

@@ -62,9 +62,9 @@ class Stream:
 class Shuffle:
     """Where each slot leaves a shuffle buffer: a permutation of the slots that is never held as a whole.
 
-    Each slot draws how many slots it waits, up to twice the size of the buffer; they leave in the order of slot plus
-    wait. About `buffer` persons are held then, and none is moved by more than `reach`. The first waits are short, so
-    that the first batch does not wait for a full buffer.
+    Each slot draws how many slots it waits, up to the size of the buffer; they leave in the order of slot plus wait. So
+    none is moved by more than `reach`, and most are by less than half of it. The first waits are short, so that the
+    first batch does not wait for a full buffer.
     """
 
     def __init__(self, num_slots: int, buffer: int, seed: Sequence[int]) -> None:
@@ -72,12 +72,12 @@ class Shuffle:
 
         Args:
             num_slots: persons of the epoch.
-            buffer: persons held; 0 keeps the order.
+            buffer: longest wait; 0 keeps the order.
             seed: of the draws.
         """
         self.num_slots = num_slots
-        self.reach = 2 * buffer
-        self._start = buffer // 4
+        self.reach = buffer
+        self._start = buffer // 8
         self._seed = tuple(seed)
         self._size = max(self.reach, _BLOCK)
         self._places = functools.lru_cache(maxsize=2)(self._places_of_block)
@@ -89,6 +89,17 @@ class Shuffle:
             return list(slots)
         found = (divmod(slot, self._size) for slot in slots)
         return [int(self._places(block)[i]) for block, i in found]
+
+    def last_slot_of(self, places: int) -> int:
+        """The last of the slots that have the first so many places: when it has come, they all have."""
+        if not self.reach:
+            return places - 1
+        block = min(places - 1 + self.reach, self.num_slots - 1) // self._size
+        found = np.flatnonzero(self._places(block) < places)
+        if not len(found):
+            block -= 1
+            found = np.flatnonzero(self._places(block) < places)
+        return block * self._size + int(found[-1])
 
     def _places_of_block(self, block: int) -> np.ndarray:
         """Who leaves before a block's slots is in it, in the blocks beside it, or in those before: all of these."""

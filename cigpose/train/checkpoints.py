@@ -30,7 +30,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cigpose.files.addresses import is_remote, without_credentials
-from cigpose.files.atomic import replace_folder, sync
+from cigpose.files.atomic import clear_leftovers, replace_folder, sync
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import FetchError, TemporaryFetchError
 from cigpose.files.objects import (
@@ -169,6 +169,16 @@ class CheckpointStore:
                 "is whole; --restart begins anew."
             )
         return None
+
+    def clear_halves(self) -> None:
+        """Remove what a killed process was writing or removing; only for the one that has the run to itself."""
+        for name in names_in(self.address):
+            if self._folder and (aside := re.fullmatch(r"\.(step-\d+)\.\w{8}\.old", name)):
+                clear_leftovers(self._folder / aside[1])  # comes back if nothing has taken its place
+                continue
+            is_half = re.fullmatch(r"step-\d+", name) and size_of(self._at(name, MANIFEST)) is None
+            if is_half or re.match(r"\.(step|weights)-.*\.partial-", name):
+                self._remove(name)
 
     def clear(self) -> None:
         """Remove every checkpoint, whole or not, and their weights."""

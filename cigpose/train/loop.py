@@ -206,6 +206,8 @@ class _Training:
     def _restore(self) -> bool:
         """Take over the newest checkpoint that is whole, which rank 0 reads; whether there was one."""
         store, rank = self.place.store, self.place.rank
+        if rank == 0:
+            store.clear_halves()
         found = store.load_newest() if rank == 0 else None
         known = workers.from_rank_0(found and (found[0], found[2]))
         if known is None:

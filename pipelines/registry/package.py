@@ -3,6 +3,7 @@
 README.md                      model card
 python_model.py (serving.py)   how it is served; code/cigpose is the library it was registered with
 artifacts/model.safetensors    weights (they carry their configuration), params.yaml, model.onnx
+artifacts/calibration.json     what its scores mean as probabilities
 artifacts/keypoints.json       names, parts, flip pairs, sigmas, skeleton
 artifacts/metrics.json         per part, with data and protocol
 artifacts/lineage.json         git and dvc.lock revision, digests of every set of shards;  dvc.lock
@@ -34,6 +35,7 @@ from packaging.requirements import Requirement
 import cigpose
 from cigpose.config import Config, public_params
 from cigpose.config.schema import to_mapping
+from cigpose.evaluate.calibration import FILE as CALIBRATION
 from cigpose.shard.index import read_index
 from pipelines.lineage import (
     content_digest,
@@ -61,6 +63,8 @@ class Package:
     pictures: Sequence[Path]
     report: Path | None
     """The page of the evaluation; versions registered before there was one have none."""
+    calibration: Path | None
+    """What scores mean as probabilities; None where too little was labelled."""
     run: Mapping[str, Any]
     """run.json of the training."""
 
@@ -124,6 +128,7 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
         "pictures": staging / "pictures",
         **({"dvc_lock": lock} if lock else {}),
         **({"report": package.report} if package.report else {}),
+        **({"calibration": package.calibration} if package.calibration else {}),
     }
     with _quiet():
         mlflow.pyfunc.save_model(
@@ -312,6 +317,7 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
         FileNotFoundError: one of them is not there.
     """
     report, page = root / REPORT, root / REPORT / "report.html"
+    calibration = report / CALIBRATION
     pictures = [path for path in sorted((report / "pictures").glob("*")) if path.suffix in (".jpg", ".png")]
     package = Package(
         config=config,
@@ -322,6 +328,7 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
         lineage=read_lineage(config, root),
         pictures=pictures[: config.registry.pictures],
         report=page if page.is_file() else None,
+        calibration=calibration if calibration.is_file() else None,
         run=run_info,
     )
     for path in (package.weights, package.params, package.onnx):

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from cigpose.config import ClusterConfig
 from cigpose.files.addresses import is_remote
 from cigpose.files.objects import local_path
-from pipelines.training.keeper import kept
+from pipelines.training.keeper import RAY, kept
 from pipelines.training.local import leave_ray, settle_environment
 
 PASSED_ON = ("NCCL_", "GLOO_", "AWS_")
@@ -67,7 +67,7 @@ def _start_ray(cluster: ClusterConfig, private: Path | None) -> None:
     if private:
         needed = cluster.num_workers * cluster.threads_per_worker + 2
         options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-        options |= {"address": "local", "_temp_dir": str(private / "ray")}  # not some other Ray that runs here
+        options |= {"address": "local", "_temp_dir": str(private / RAY)}  # not some other Ray that runs here
         settle_environment()
     try:
         ray.init(**options)

@@ -19,17 +19,16 @@ import psutil
 
 from cigpose.files.atomic import ClaimedError, claimed
 
-MARK = "CIGPOSE_RAY"
-"""In the environment of all that a local Ray starts: its folder."""
-PREFIX = "cigpose-ray-"
+PREFIX, RAY = "cigpose-ray-", "ray"
+"""Of the folder's name; the folder inside for Ray, which lets everybody into what it makes."""
 WAIT_S = 10.0
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[Path]:
-    """A folder for a Ray that is started within; both are gone soon after the block, or this process, has ended.
+    """A folder for a Ray that is started in its `ray`; both are gone soon after the block, or this process, has ended.
 
-    It is its owner's alone. Ray lets everybody into what it makes, so that it gets a folder inside.
+    It is its owner's alone.
     """
     _clear_dead()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_place()))
@@ -42,8 +41,6 @@ def kept() -> Iterator[Path]:
             start_new_session=True,  # Ctrl-C, or the end of the group, is not for it
         )
         last.callback(_dismiss, keeper)
-        os.environ[MARK] = str(folder)
-        last.callback(os.environ.pop, MARK, None)
         yield folder
 
 
@@ -68,31 +65,35 @@ def _clear_dead() -> None:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def end_marked(folder: str) -> None:
-    """Kill every process of this user that has a Ray's mark, and those that they start meanwhile."""
+def end_all_in(folder: Path, but: int) -> None:
+    """Kill every process of this user that is at work in a folder, but for one, and those that they start meanwhile."""
     mine = os.getuid()
     for _ in range(3):
         found = [process for process in psutil.process_iter(["uids"]) if process.info["uids"].real == mine]
-        found = [process for process in found if _mark_of(process) == folder]
+        found = [process for process in found if process.pid != but and _is_at_work_in(process, folder)]
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(found, timeout=WAIT_S / 5)
 
 
-def _mark_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(MARK)
-    except (psutil.Error, OSError):
-        return None
+def _is_at_work_in(process: psutil.Process, folder: Path) -> bool:
+    """Whether it has a file open there, as all that Ray starts has its log.
+
+    Its environment would be no mark, nor its command line: Ray writes titles over both.
+    """
+    with contextlib.suppress(psutil.Error, OSError):
+        return any(Path(file.path).is_relative_to(folder) for file in process.open_files())
+    return False
 
 
-def keep(folder: str) -> None:
+def keep(folder: Path) -> None:
     """Wait for the end of standard input, then clear up."""
+    training = os.getppid()
     sys.stdin.buffer.read()
-    end_marked(folder)
+    end_all_in(folder / RAY, but=training if training == os.getppid() else 0)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1])
+    keep(Path(sys.argv[1]))

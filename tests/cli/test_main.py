@@ -125,7 +125,7 @@ assert main([*predict, "--model", "model.onnx", "--out", "onnx"]) == 0
     for out in ("torch", "onnx"):
         assert f"{out}: 1 persons in 1 pictures and 0 frames, 0 of them done before; 0 problems" in result.stdout
         (found,) = json.loads((tmp_path / out / "poses.json").read_text())
-        assert abs(found["score"] - expected[0]["score"]) < 2e-3
+        assert abs(found["score"] - expected[0]["raw_score"]) < 2e-3
     (record,) = map(json.loads, (tmp_path / "torch" / "poses.jsonl").read_text().splitlines())
     assert record["persons"] == expected
 

@@ -24,7 +24,7 @@ class At:
 
 @dataclass(frozen=True, kw_only=True)
 class EveryChange:
-    """Killed before every `step`th change of the disk, a try each, until a try comes to its end."""
+    """All is killed before every `step`th change of the disk, a try each, until a try comes to its end."""
 
     step: int = 1
     first: int = 1

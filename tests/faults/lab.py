@@ -60,7 +60,7 @@ PARAMS: dict[str, Any] = {
 }
 UNFINISHED = re.compile(r"(^|/)\.(?!runs/)|\.(part|partial|old|done)(/|$)|\.partial[-/]")
 """Names that say that what has them may be half of it."""
-PASSING = re.compile(r"\.lock$|-wal$|-shm$|\.pyc$|__pycache__$|(pictures|validation)/epoch-\d+-\d+\.jpg$")
+PASSING = re.compile(r"\.lock$|-wal$|-shm$|\.pyc$|__pycache__$|(pictures|validation)(/epoch-\d+-\d+\.jpg)?$")
 """Names that may be there or not: locks, and pictures that a driver shows while it is there."""
 KEYS = ("rendered-train", "rendered-val")
 
@@ -372,7 +372,7 @@ def try_cell(lab: Lab, cell: Cell) -> int:
     if isinstance(cell.fault, EveryChange):
         for tries in range(10_000):
             number = cell.fault.first + tries * cell.fault.step
-            point = At(at="disk", nth=number)
+            point = At(at="disk", nth=number, whom="all")
             if not _try(lab, replace(cell, fault=point), must_fire=False):
                 return tries
     if isinstance(cell.fault, SyncOrder):
@@ -388,7 +388,8 @@ class ImpossibleError(Exception):
 
 def _prove(proof: Proof) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", proof.test]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "CIGPOSE_HOSTILE": "300"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     found = re.search(r"(\d+) passed", done.stdout)
     if done.returncode or not found:
         raise (ImpossibleError if "skipped" in done.stdout and not done.returncode else CellError)(done.stdout[-1500:])
@@ -434,7 +435,8 @@ def _check_order(lab: Lab, cell: Cell) -> None:
 def _try(lab: Lab, cell: Cell, must_fire: bool = True) -> bool:
     job, expected = JOBS[cell.job], lab.expected(cell.job)
     lab.restore(job.needs)
-    with shared_memory():
+    power = getattr(cell.fault, "whom", "") == "all"  # /dev/shm does not outlive that
+    with contextlib.nullcontext() if power else shared_memory():
         with _circumstances(lab, cell) as options:
             ended = _twice(lab, cell) if isinstance(cell.fault, Twice) else lab.run(job.command, **options)
         fired = lab.has_fired() or not options.get("points")
@@ -507,9 +509,10 @@ def _circumstances(lab: Lab, cell: Cell) -> Iterator[dict[str, Any]]:
     if isinstance(fault, At):
         yield {"points": [fault]}
     elif isinstance(fault, Clock):
-        if shutil.which("faketime") is None:
+        found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+        if not found:
             raise ImpossibleError("faketime is not installed")
-        wrap = ["env", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", fault.offset]
+        wrap = ["env", f"LD_PRELOAD={found[0]}", f"FAKETIME={fault.offset}", "FAKETIME_DONT_FAKE_MONOTONIC=1"]
         yield {"points": [fault.kill], "wrap": wrap}
     elif isinstance(fault, OpenFiles):
         yield {"limits": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (fault.number, fault.number))}

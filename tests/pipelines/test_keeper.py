@@ -14,9 +14,11 @@ from pipelines.training import keeper
 
 TRAINING = """
 import subprocess, sys, time
-from pipelines.training.keeper import kept
-with kept() as folder:
-    helper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+from pipelines.training import keeper
+with keeper.kept() as folder:
+    (folder / keeper.RAY).mkdir()
+    log = (folder / keeper.RAY / "log").open("w")
+    helper = subprocess.Popen(["sleep", "600"], start_new_session=True, env={}, stdout=log)
     print(folder, helper.pid, flush=True)
     if sys.argv[1] == "stays":
         time.sleep(600)

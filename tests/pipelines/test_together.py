@@ -35,7 +35,6 @@ def test_of_two_dvc_repro_the_second_says_who_is_there_and_nothing_is_done_twice
 @pytest.mark.slow
 def test_make_ui_twice_gives_each_its_own_ports_and_both_end_at_ctrl_c(project: Path, config: Any) -> None:
     make_toy(project, config)
-    (project / "mlflow.db").touch()
     command = [sys.executable, "-m", "pipelines.ui"]
     both = [processes.start(command, cwd=project, output=(project / f"{i}.log").open("w")) for i in range(2)]
     try:
