@@ -2,6 +2,8 @@
 
 data/report/results.json        COCO results, which other tools score identically
 data/report/predictions.npz     every person, every keypoint, every score
+data/report/measurement.json    figures with intervals, people and protocol: what a registration elsewhere needs
+data/report/matches.npz         what another model is compared with picture by picture
 data/report/report.html         one page: figures, curves, kinds of error, people, pictures, protocol
 data/report/pictures/*.jpg      predictions beside the labels, contact sheets
 data/report/model.onnx          the network, checked against torch
@@ -24,6 +26,7 @@ from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_sh
 from cigpose.evaluate.page import write_page
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS
+from pipelines.registry.measurement import write_measurement
 from pipelines.stage import stage
 
 
@@ -34,6 +37,7 @@ def main(config: Config) -> None:
     evaluation = evaluate_checkpoint(WEIGHTS, config, shards_root=SHARDS, results_path=REPORT / "results.json")
     assert evaluation is not None  # one process: this is rank 0
     write_results(evaluation, REPORT)
+    write_measurement(evaluation, REPORT, SHARDS)
     export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(evaluation.metrics, METRICS)

@@ -20,14 +20,15 @@ from pathlib import Path
 from types import FrameType
 
 import requests
+from mlflow.exceptions import MlflowException
 
-from cigpose.config import load_params
+from cigpose.config import Config, load_params
 from cigpose.files.addresses import without_credentials
 from pipelines.access import address_note, guarded_server, prefect_home
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.retraining.turn import clear_if_killed
-from pipelines.tracking.address import artifact_folder, connect, tracking_address
+from pipelines.tracking.address import artifact_folder, connect, experiment_url, tracking_address, ui_note
 
 START_TIMEOUT_S = 240.0
 HOST = "127.0.0.1"
@@ -84,7 +85,7 @@ def mlflow_server(root: Path, port: int, address: str) -> Server:
         name="MLflow",
         command=(
             *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address),
-            *("--artifacts-destination", artifact_folder(address, root) or str(root / "mlartifacts")),
+            *("--artifacts-destination", artifact_folder(address) or str(root / "mlartifacts")),
             *("--host", HOST, "--port", str(port), "--workers", "1"),
             *("--allowed-hosts", ",".join(origin.removeprefix("http://") for origin in _origins(port))),
             *("--cors-allowed-origins", ",".join(_origins(port))),
@@ -195,6 +196,14 @@ def watch(
         time.sleep(0.5)
 
 
+def landing_page(config: Config, address: str) -> str | None:
+    """The runs of the project's experiment; None before there is one. MLflow's own start page is about chatbots."""
+    with contextlib.suppress(OSError, MlflowException):  # a server elsewhere that is down now
+        if found := connect(address).get_experiment_by_name(config.registry.experiment):
+            return experiment_url(address, found.experiment_id)
+    return None
+
+
 def _interrupt(*_: int | FrameType | None) -> None:
     for number in _SIGNALS:  # the second Ctrl-C must not break off the clearing up
         signal.signal(number, signal.SIG_IGN)
@@ -203,7 +212,8 @@ def _interrupt(*_: int | FrameType | None) -> None:
 
 def serve_pages(root: Path) -> None:
     """Bring both up, print where they are, and wait for a signal."""
-    address = tracking_address(load_params(root / "params.yaml"), root)
+    config = load_params(root / "params.yaml")
+    address = tracking_address(config, root)
     servers = []
     prefect_address, mlflow_address = os.environ.get("PREFECT_API_URL"), address
     if prefect_address is None:
@@ -212,10 +222,14 @@ def serve_pages(root: Path) -> None:
     if not address.startswith("http"):
         servers.append(mlflow_server(root, choose_port(5000, "MLFLOW_PORT"), address))
         mlflow_address = servers[-1].address
-    note = address_note(root)  # `make retrain` shows itself in this server
+    note, mlflow_note = address_note(root), ui_note(root)  # `make retrain` shows itself in this server
+    mlflow_note.parent.mkdir(exist_ok=True)
     try:
         with running(*servers, root=root) as processes:
             note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
+            if mlflow_address != address:
+                mlflow_note.write_text(f"{mlflow_address}\n", encoding="utf-8")
+            mlflow_address = landing_page(config, address) or mlflow_address
             print(without_credentials(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}"), flush=True)
             for server in servers:
                 if token := server.env.get("PREFECT_SERVER_API_AUTH_STRING"):
@@ -224,6 +238,7 @@ def serve_pages(root: Path) -> None:
             watch(servers, processes, lambda: clear_if_killed(root))
     finally:
         note.unlink(missing_ok=True)
+        mlflow_note.unlink(missing_ok=True)
 
 
 def main() -> int:

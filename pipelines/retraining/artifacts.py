@@ -9,7 +9,9 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from cigpose.config import load_params
 from pipelines.paths import METRICS, REGISTERED
+from pipelines.registry.outcome import link
 from pipelines.retraining.overrides import Changes
 from pipelines.retraining.workspace import Workspace
 
@@ -30,8 +32,8 @@ def publish(workspace: Workspace, experiment: str, changes: Changes) -> str:
         text += ["| params.yaml | before | now |", "| --- | --- | --- |"]
         text += [f"| {key} | {old} | {new} |" for key, (old, new) in changes.items()]
     create_markdown_artifact(key="retrain-registered", markdown="\n".join(text), description="Registered model.")
-    if registered.get("url"):
-        create_link_artifact(key="retrain-mlflow", link=registered["url"], link_text="The run in MLflow")
+    if page := link(registered, load_params(workspace.folder / "params.yaml")):
+        create_link_artifact(key="retrain-mlflow", link=page, link_text="The run in MLflow")
     return line
 
 

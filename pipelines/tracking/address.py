@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
 from pipelines.lineage import project_root
-from pipelines.tracking.database import database_path, prepared
+from pipelines.paths import RUNS
+from pipelines.tracking.database import artifacts_beside, database_path, prepared
 
 KNOCK_S = 4.0
 """Seconds that a server may take to take a connection, and again to answer."""
@@ -33,9 +34,10 @@ def tracking_address(config: Config, root: Path | None = None) -> str:
     return address
 
 
-def artifact_folder(address: str, root: Path | None = None) -> str | None:
+def artifact_folder(address: str) -> str | None:
     """Where a new experiment keeps its files: `mlartifacts` beside a sqlite file; a server decides for itself."""
-    return ((root or project_root()) / "mlartifacts").as_uri() if address.startswith("sqlite:") else None
+    path = database_path(address)
+    return artifacts_beside(path).as_uri() if path else None
 
 
 def connect(address: str) -> MlflowClient:
@@ -73,7 +75,28 @@ def be_impatient(timeout_s: float = 5.0) -> None:
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
-    """The page of a run; for sqlite the one that `make ui` serves. MLflow shows its GenAI side unless told else."""
-    local = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
-    base = without_credentials(address).rstrip("/") if address.startswith("http") else local
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    """The page of a run. MLflow shows its GenAI side unless told else."""
+    return f"{experiment_page(address, experiment_id)}/{run_id}?workflowType=machine_learning"
+
+
+def experiment_url(address: str, experiment_id: str) -> str:
+    """The page of an experiment: its runs."""
+    return f"{experiment_page(address, experiment_id)}?workflowType=machine_learning"
+
+
+def experiment_page(address: str, experiment_id: str) -> str:
+    """Where an experiment's runs are shown; for sqlite by `make ui`, where that runs or would."""
+    base = without_credentials(address).rstrip("/")
+    if not address.startswith("http"):
+        note = ui_note(project_root())
+        base = note.read_text(encoding="utf-8").strip() if note.is_file() else _local()
+    return f"{base}/#/experiments/{experiment_id}/runs"
+
+
+def ui_note(root: Path) -> Path:
+    """The file with the address of the MLflow of `make ui`, there while it runs."""
+    return root / RUNS / "mlflow_url"
+
+
+def _local() -> str:
+    return f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
