@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cigpose.cli.arguments import model_file
 from cigpose.config import Config, load_preset
 
 if TYPE_CHECKING:  # torch: only where it is needed
@@ -71,9 +72,9 @@ def add_parser(subparsers: Any) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        type=Path,
+        type=model_file,
         default=MODEL,
-        help="our .safetensors or .onnx, or an official .pth (default: %(default)s)",
+        help="our .safetensors or .onnx, a folder of `cigpose models pull`, or an official .pth (default: %(default)s)",
     )
     parser.add_argument("--preset", help="what an official .pth was trained as, see `cigpose presets`")
 
