@@ -2,6 +2,8 @@
 
 data/report/results.json        COCO results, which other tools score identically
 data/report/predictions.npz     every person, every keypoint, every score
+data/report/measurement.json    figures with intervals, people and protocol: what a registration elsewhere needs
+data/report/matches.npz         what another model is compared with picture by picture
 data/report/report.html         one page: figures, curves, kinds of error, people, pictures, protocol
 data/report/pictures/*.jpg      predictions beside the labels, contact sheets
 data/report/model.onnx          the network, checked against torch
@@ -29,6 +31,7 @@ from cigpose.evaluate.page import write_page
 from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS
+from pipelines.registry.measurement import write_measurement
 from pipelines.stage import stage
 
 
@@ -41,6 +44,7 @@ def main(config: Config) -> None:
     write_results(evaluation, REPORT)
     exported = export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
     metrics = evaluation.metrics | onnx_figures(exported, evaluation.config)
+    write_measurement(evaluation, metrics, REPORT, SHARDS)
     calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(metrics, METRICS)

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from cigpose.shard.index import ShardIndex
+from cigpose.config import Config
+from cigpose.shard.index import ShardIndex, read_index
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -70,3 +71,26 @@ def content_digest(index: ShardIndex) -> str:
         return shards_digest(index)
     counts = {name: getattr(index, name) for name in ("dataset", "keypoints", "images", "persons", "detections")}
     return digest_of({"sources": index.sources, **counts})
+
+
+def dataset_facts(config: Config, dataset: str, shards: Path) -> dict[str, Any]:
+    """What tells one set of people from another, as plain values; `content` names the people.
+
+    Args:
+        config: says which datasets lie elsewhere.
+        dataset: its name.
+        shards: folder of the shard folders, in a project whose dvc.lock may know them.
+
+    Raises:
+        FileNotFoundError: shards without an index.
+    """
+    elsewhere = config.data.locations.get(dataset)
+    index = read_index(elsewhere or str(shards / dataset))
+    hashes = {} if elsewhere else dvc_hashes(shards.parents[1] / "dvc.lock")
+    return {
+        "content": content_digest(index),
+        "shards": shards_digest(index),
+        "dvc_md5": hashes.get(f"data/shards/{dataset}"),
+        "sources": index.sources,
+        **{count: getattr(index, count) for count in ("images", "persons", "detections")},
+    }

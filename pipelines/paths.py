@@ -10,6 +10,7 @@ MODEL, REPORT = DATA / "model", DATA / "report"
 WEIGHTS = MODEL / "model.safetensors"
 METRICS, PARTS_PLOT = DATA / "metrics/evaluate.json", DATA / "plots/parts.csv"
 LOSS_PLOT, VALIDATION_PLOT = DATA / "plots/loss.csv", DATA / "plots/validation.csv"
+ROBUSTNESS = DATA / "metrics/robustness.json"
 REGISTERED = DATA / "registered.json"
 RUNS = Path(".runs")
 """Work states of trainings, and their records for MLflow; not an output of DVC, which deletes those."""

@@ -1,9 +1,11 @@
 """DVC stage `register`: the trained and evaluated model becomes a version in the MLflow registry.
 
-    reads   data/model/  data/report/  data/metrics/evaluate.json  params.yaml  the index.json of the shards
+    reads   data/model/  data/report/  params.yaml
     writes  data/registered.json, results into the training's MLflow run, a registered version
 
-Registering the same weights of the same run again finds the same version. `--show` only prints the outcome again.
+Nothing else is needed: what was trained and measured on one machine is registered on another. Registering the same
+weights of the same run again finds the same version; what MLflow has lost of it is sent again, and since nobody but
+MLflow knows that, `dvc repro` asks each time. `--show` only prints the outcome again.
 """
 
 from __future__ import annotations
@@ -23,29 +25,13 @@ from cigpose.config import Config
 from cigpose.files.atomic import claimed, write_json
 from cigpose.files.digest import sha256_of
 from pipelines.lineage import project_root
-from pipelines.paths import METRICS, MODEL, REGISTERED, RUNS, WEIGHTS
-from pipelines.registry.outcome import outcome, summary
-from pipelines.registry.package import (
-    log_package,
-    make_package,
-    model_card,
-    origin_tags,
-)
-from pipelines.registry.results import (
-    RegisterError,
-    flat_metrics,
-    log_figures,
-    log_results,
-    read_evaluation,
-    read_json,
-    training_run,
-)
-from pipelines.registry.versions import (
-    CHAMPION,
-    RUN_TAG,
-    WEIGHTS_TAG,
-    Registry,
-)
+from pipelines.paths import MODEL, REGISTERED, REPORT, RUNS, WEIGHTS
+from pipelines.registry.gate import Rules
+from pipelines.registry.outcome import identity, outcome, summary
+from pipelines.registry.package import Package, read_detector, read_lineage
+from pipelines.registry.publish import publish_version
+from pipelines.registry.results import RegisterError, read_evaluation, read_json, training_run
+from pipelines.registry.versions import CHAMPION, Registry
 from pipelines.stage import stage
 from pipelines.tracking.address import UnreachableError, be_impatient, connect, tracking_address
 
@@ -67,11 +53,22 @@ def main(config: Config, show: bool) -> None:
         try:
             write_json(REGISTERED, register(config, Path.cwd()))
         except UnreachableError as err:
+            if is_registered(config, Path.cwd()):
+                print(f"register: {err} Whether it still has what {REGISTERED} says could not be asked.")
+                return
             advice = "Nothing is lost: start it, or correct registry.tracking_uri (MLFLOW_TRACKING_URI), and run again."
             raise RegisterError(f"{err} {advice}") from err
         except MlflowException as err:
             raise RegisterError(f"MLflow: {str(err).splitlines()[0]}") from err
-    print(summary(read_json(REGISTERED), flat_metrics(read_json(METRICS))))
+    print(summary(read_json(REGISTERED), read_evaluation(config, Path.cwd())[0], config))
+
+
+def is_registered(config: Config, root: Path) -> bool:
+    """Whether data/registered.json is about this model, this measurement and these rules."""
+    if not (root / REGISTERED).is_file():
+        return False
+    about = identity(config, sha256_of(root / WEIGHTS), read_evaluation(config, root)[0])
+    return about.items() <= read_json(root / REGISTERED).items()
 
 
 def register(config: Config, root: Path) -> dict[str, Any]:
@@ -84,31 +81,32 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     Returns: what data/registered.json holds.
 
     Raises:
-        RegisterError: MLflow does not have the training's run, or the metric to compare by was not measured.
+        RegisterError: nobody has the training's run, or the metric to compare by was not measured.
     """
     run_info = read_json(root / MODEL / "run.json")
-    evaluation = read_evaluation(config, root)
+    evaluation, dataset = read_evaluation(config, root)
+    package = Package(
+        config=config,
+        folder=root / MODEL,
+        report=root / REPORT,
+        evaluation=evaluation,
+        lineage=read_lineage(config, root, run_info, dataset),
+        run=run_info,
+        detector=read_detector(config, root),
+    )
+    package.files()  # before anything is sent
     address = tracking_address(config)
     mlflow.set_tracking_uri(address)  # a sqlite registry looks logged models up at the global address
     client = connect(address)
-    run_id = training_run(client, config, str(run_info["run_id"]), address)
-    log_results(client, run_id, evaluation, root)
+    run_id = training_run(client, config, str(run_info["run_id"]), root, address)
     registry = Registry(client, config.registry.model)
     registry.ensure(f"Pose models. Use the version with the alias `{CHAMPION}`.")
-    identity = {RUN_TAG: run_id, WEIGHTS_TAG: sha256_of(root / WEIGHTS)}
+    weights = sha256_of(root / WEIGHTS)
     with _staging() as folder:
-        found = registry.find(run_id, identity[WEIGHTS_TAG])
-        if found is not None:
-            version = int(found.version)
-            registry.tag(version, evaluation.tags())  # the same weights may have been evaluated in another way
-        else:
-            package = make_package(config, root, {**run_info, "run_id": run_id}, evaluation)
-            model_id = log_package(client, package, run_id, folder / "model", root)
-            log_figures(client, run_id, evaluation, model_id)
-            tags = identity | evaluation.tags() | origin_tags(package)
-            version = registry.add(model_id, run_id, tags, description=model_card(package))
-    decision = registry.settle(version, evaluation, config.evaluate.metric, config.registry.margin)
-    return outcome(client, config, run_id, version, decision, registry)
+        version, decision = publish_version(
+            client, registry, package, run_id, weights, Rules.of(config), root=root, staging=folder
+        )
+    return outcome(client, identity(config, weights, evaluation), run_id, version, decision, registry)
 
 
 @contextlib.contextmanager

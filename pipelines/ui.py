@@ -22,15 +22,16 @@ from types import FrameType
 from urllib.parse import urlsplit
 
 import requests
+from mlflow.exceptions import MlflowException
 
-from cigpose.config import load_params
+from cigpose.config import Config, load_params
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import ClaimedError, claimed
 from pipelines.access import SERVING, TOKEN, Pages, address_note, guarded_server, prefect_home, read_pages, write_pages
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.retraining.turn import clear_if_killed
-from pipelines.tracking.address import artifact_folder, connect, tracking_address
+from pipelines.tracking.address import artifact_folder, connect, experiment_url, tracking_address
 
 START_TIMEOUT_S = 240.0
 HOST = "127.0.0.1"
@@ -99,7 +100,7 @@ def mlflow_server(root: Path, port: int, address: str) -> Server:
         name="MLflow",
         command=(
             *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address),
-            *("--artifacts-destination", artifact_folder(address, root) or str(root / "mlartifacts")),
+            *("--artifacts-destination", artifact_folder(address) or str(root / "mlartifacts")),
             *("--host", HOST, "--port", str(port), "--workers", "1"),
             *("--allowed-hosts", ",".join(origin.removeprefix("http://") for origin in _origins(port))),
             *("--cors-allowed-origins", ",".join(_origins(port))),
@@ -230,6 +231,14 @@ def watch(
         time.sleep(0.5)
 
 
+def landing_page(config: Config, address: str) -> str | None:
+    """The runs of the project's experiment; None before there is one. MLflow's own start page is about chatbots."""
+    with contextlib.suppress(OSError, MlflowException):  # a server elsewhere that is down now
+        if found := connect(address).get_experiment_by_name(config.registry.experiment):
+            return experiment_url(address, found.experiment_id)
+    return None
+
+
 def _interrupt(*_: int | FrameType | None) -> None:
     for number in _SIGNALS:  # the second Ctrl-C must not break off the clearing up
         signal.signal(number, signal.SIG_IGN)
@@ -242,7 +251,8 @@ def serve_pages(root: Path) -> None:
     Raises:
         ClaimedError: they are up already.
     """
-    address = tracking_address(load_params(root / "params.yaml"), root)
+    config = load_params(root / "params.yaml")
+    address = tracking_address(config, root)
     with claimed(prefect_home(root) / "ui.lock", "`make ui` of this project"), contextlib.ExitStack() as stack:
         servers, pages, client = [], Pages(prefect=os.environ.get("PREFECT_API_URL", ""), mlflow=address), {}
         last = read_pages(root)
@@ -260,7 +270,8 @@ def serve_pages(root: Path) -> None:
         write_pages(root, pages)
         serving = deployments_server(root, client)
         processes += stack.enter_context(running(serving, root=root))  # stopped first, so that its states are kept
-        print(without_credentials(f"Prefect  {pages.prefect}\nMLflow   {pages.mlflow}"), flush=True)
+        runs = landing_page(config, address) or pages.mlflow
+        print(without_credentials(f"Prefect  {pages.prefect}\nMLflow   {runs}"), flush=True)
         if token := next((server.env[TOKEN] for server in servers if TOKEN in server.env), None):
             print(f"Prefect's page asks once for a password: {token}", flush=True)
         print(f"{_last_line(serving.log, SERVING)}\nCtrl-C stops all of it.", flush=True)

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from cigpose.cli.arguments import model_file
 from cigpose.config import load_params, load_preset
 
 
@@ -19,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
         "part. Nothing but --out is written; the stage `dvc repro evaluate` writes the whole report.",
     )
     evaluate.add_argument(
-        "--model", type=Path, default=Path("data/model/model.safetensors"), help="default: %(default)s"
+        "--model", type=model_file, default=Path("data/model/model.safetensors"), help="default: %(default)s"
     )
     evaluate.add_argument("--preset", help="what an official .pth was trained as, see `cigpose presets`")
     evaluate.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from cigpose.cli import deploy, detectors, evaluate, export, presets, shards
 from cigpose.files.addresses import without_credentials
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; a user's mistake is one sentence and exit status 2, a part that failed 1."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, more: Sequence[ModuleType] = ()) -> int:
+    """Run one subcommand; a user's mistake is one sentence and exit status 2, a part that failed 1.
+
+    Args:
+        arguments: of the command line; None for this process's own.
+        more: groups of subcommands that the library knows nothing of, modules with `add_parser`.
+    """
+    options = _parser(more).parse_args(arguments)
     try:
         return options.run(options) or 0
     except (ValueError, OSError) as err:
@@ -22,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(more: Sequence[ModuleType]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cigpose", description=__doc__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (presets, shards, evaluate, deploy, detectors, export):
+    for group in (presets, shards, evaluate, deploy, detectors, export, *more):
         group.add_parser(subparsers)
     return parser
 

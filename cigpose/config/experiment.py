@@ -12,7 +12,14 @@ from typing import Any
 from cigpose.config.data import DataConfig
 from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
-from cigpose.config.outcome import EvaluateConfig, NotifyConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
+from cigpose.config.outcome import (
+    GUARDED_PARTS,
+    EvaluateConfig,
+    NotifyConfig,
+    PublishedConfig,
+    RegistryConfig,
+    refuse_unknown_metric,
+)
 from cigpose.config.schema import (
     HOW,
     LARGEST,
@@ -28,7 +35,7 @@ from cigpose.config.schema import (
     to_mapping,
 )
 from cigpose.config.training import AugmentationConfig, TrainConfig
-from cigpose.keypoints import KeypointSet, keypoint_set
+from cigpose.keypoints import KeypointSet, keypoint_set, parts_with_whole
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -64,6 +71,9 @@ class Config:
             raise ConfigError(str(err)) from err
         except (TypeError, AttributeError) as err:
             raise ConfigError(f"keypoints: not a table of keypoints ({err}). See `KeypointSet.from_mapping`.") from err
+        known = {*GUARDED_PARTS, *parts_with_whole(keypoints)}
+        if unknown := sorted(self.registry.max_loss.keys() - known):
+            raise ConfigError(f"registry.max_loss: {unknown[0]!r} is no part. Known: {', '.join(sorted(known))}.")
         self.refuse_unknown_metrics(crowding=True)  # whether the labels tell crowds is known later
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self.model.causal, name)

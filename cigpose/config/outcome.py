@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cigpose.config.schema import ADDRESS, HOW, PRIVATE, ConfigError, affects, require, require_between
+from cigpose.files.errors import shown
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 """pycocotools' ten figures, in its order. -1 where there is nothing to measure."""
+
+GUARDED_PARTS = ("whole", "body", "foot", "face", "left_hand", "right_hand")
+"""What a model must not lose for a better figure of another part."""
 
 CROWDING = {"AP_easy": (0.0, 0.2), "AP_medium": (0.2, 0.8), "AP_hard": (0.8, math.inf)}
 """Figures over images of a degree of crowding, which labels with a crowdIndex add."""
@@ -112,6 +116,10 @@ class RegistryConfig:
     experiment: str
     margin: float = 0.0
     """A challenger becomes champion when its metric is better by more than this."""
+    max_loss: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GUARDED_PARTS, 0.02))
+    """AP that it may lose on a part all the same; a loss that chance explains does not count. Others: any."""
+    max_robustness_loss: float = 0.05
+    """Of the share of a part's AP that is left on spoilt pictures: what it may lose, where both have it."""
     tracking_uri: str | None = field(default=None, metadata=ADDRESS)
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
     pictures: int = field(default=16, metadata=affects("evaluate", "register"))
@@ -124,7 +132,9 @@ class RegistryConfig:
     """What one request to the served model may ask for."""
 
     def __post_init__(self) -> None:
-        require_between(self, 0, 1, "margin")
+        require_between(self, 0, 1, "margin", "max_robustness_loss")
+        for part, loss in self.max_loss.items():
+            require(0 <= loss <= 1, f"max_loss.{part} must be between 0 and 1, got {shown(loss)}.")
         require_between(self, 1, 10_000, "pictures")
 
 

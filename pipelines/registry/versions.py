@@ -1,32 +1,30 @@
 """Versions of a model in the MLflow registry, and which of them is the champion.
 
-Two versions are compared only where that means something: by the same metric, measured by the same protocol on the same
-people. The alias `champion` is then moved if the challenger is better by more than the margin. The newest version that
-is not the champion has the alias `challenger`. What was decided, by which numbers, is kept in the version's tags.
+The alias `champion` moves by the rules of `pipelines.registry.gate`, or by someone's hand. The newest version that is
+not the champion has the alias `challenger`. What was decided, by which numbers, is kept in the version's tags.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-from cigpose.config import Config
-from pipelines.lineage import digest_of
+from cigpose.evaluate.tables import MatchTables, paired_intervals
+from pipelines.registry.gate import PROMOTING, Decision, Intervals, Rules, decide, incomparable, kept_back
+from pipelines.registry.measurement import Measurement
 from pipelines.registry.turns import turn
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-RUN_TAG, WEIGHTS_TAG = "cigpose.run_id", "cigpose.weights_sha256"
-DATA_TAG, PROTOCOL_TAG = "evaluation.data", "evaluation.protocol"
-
+WEIGHTS_TAG = "weights_sha256"
 UNFINISHED_TAG = "decision.unfinished"
 """Of a version whose decision is being carried out: the decision's own tags, as JSON."""
 PROMOTED_TAG = "cigpose.champion"
@@ -34,131 +32,9 @@ PROMOTED_TAG = "cigpose.champion"
 ROLLED_BACK_TAG = "rolled_back"
 """Of a version that was champion until someone moved the alias by hand."""
 
-Verdict = Literal["first", "better", "not_better", "not_comparable", "is_champion", "not_measured", "rolled_back"]
-PROMOTING = ("first", "better")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What a version was measured to do, and how."""
-
-    metrics: Mapping[str, float]
-    """`<part>/<figure>` -> value."""
-    data: str
-    """Digest of the people it was measured on."""
-    protocol: str
-    """JSON of all that decides a figure besides the people."""
-
-    def tags(self) -> dict[str, str]:
-        """As a version keeps it."""
-        figures = {name: f"{value:.6f}" for name, value in self.metrics.items()}
-        return {DATA_TAG: self.data, PROTOCOL_TAG: self.protocol, **figures}
-
-    @classmethod
-    def from_tags(cls, tags: Mapping[str, str]) -> Measurement:
-        """The evaluation that a version keeps."""
-        metrics = {}
-        for name, value in tags.items():
-            if "/" in name:
-                try:
-                    metrics[name] = float(value)
-                except ValueError:
-                    continue
-        return cls(metrics=metrics, data=tags.get(DATA_TAG, ""), protocol=tags.get(PROTOCOL_TAG, ""))
-
-
-def protocol_of(config: Config) -> str:
-    """The evaluation protocol as JSON: settings that change figures, not those that change speed."""
-    evaluate = config.to_mapping()["evaluate"]
-    settings = {name: value for name, value in evaluate.items() if name not in ("batch", "metric")}
-    keypoints = config.keypoint_set
-    table = [keypoints.names, keypoints.sigmas, {part: list(index) for part, index in keypoints.parts.items()}]
-    return json.dumps(settings | {"keypoints": keypoints.name, "keypoint_table": digest_of(table)}, sort_keys=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """Whether a version becomes champion, and why."""
-
-    verdict: Verdict
-    text: str
-    """One sentence with both numbers."""
-    value: float
-    champion_version: int | None = None
-    champion_value: float | None = None
-
-    @property
-    def promotes(self) -> bool:
-        """Whether the alias `champion` moves."""
-        return self.verdict in PROMOTING
-
-
-def decide(
-    version: int, evaluation: Measurement, champion: tuple[int, Measurement] | None, metric: str, margin: float
-) -> Decision:
-    """Compare a version with the champion.
-
-    Args:
-        version: number of the challenger.
-        evaluation: of the challenger; has `metric`.
-        champion: number and evaluation of the champion, if there is one.
-        metric: `<part>/<figure>`, higher is better.
-        margin: the challenger must be better by more than this.
-    """
-    value = evaluation.metrics[metric]
-    if champion is not None and champion[0] == version:
-        text = f"version {version} is the champion already."
-        return Decision(
-            verdict="is_champion",
-            text=text,
-            value=value,
-            champion_version=version,
-            champion_value=champion[1].metrics.get(metric),
-        )
-    if not is_measured(value):
-        text = (
-            f"version {version} stays challenger: {metric} is {value:g}, so nothing it can do was measured. Does "
-            "data.val label that part, and did the training get anywhere?"
-        )
-        number, theirs = (champion[0], champion[1].metrics.get(metric)) if champion else (None, None)
-        return Decision(verdict="not_measured", text=text, value=value, champion_version=number, champion_value=theirs)
-    if champion is None:
-        text = f"version {version} is the first champion, with {metric} {value:.4f}."
-        return Decision(verdict="first", text=text, value=value)
-    number, reigning = champion
-    theirs = reigning.metrics.get(metric)
-    facts = {"value": value, "champion_version": number, "champion_value": theirs}
-    difference = incomparable(evaluation, reigning, metric)
-    if difference:
-        text = (
-            f"version {version} ({metric} {value:.4f}) was not compared with champion {number}: {difference} "
-            f"It stays challenger; evaluate version {number} as this one was, or move the alias yourself."
-        )
-        return Decision(verdict="not_comparable", text=text, **facts)  # type: ignore[arg-type]
-    assert theirs is not None
-    needed = f"{metric} {value:.4f} against {theirs:.4f} of version {number}, margin {margin:g}"
-    if value > theirs + margin or not is_measured(theirs):
-        return Decision(verdict="better", text=f"version {version} is the new champion: {needed}.", **facts)  # type: ignore[arg-type]
-    return Decision(verdict="not_better", text=f"version {version} stays challenger: {needed}.", **facts)  # type: ignore[arg-type]
-
-
-def is_measured(value: float) -> bool:
-    """Whether a figure says that a model can do something; pycocotools gives -1 where nothing is labelled."""
-    return math.isfinite(value) and value > 0
-
-
-def incomparable(one: Measurement, other: Measurement, metric: str) -> str | None:
-    """Why two evaluations cannot be compared, as a sentence about the second; None if they can."""
-    if one.data != other.data:
-        return f"it was evaluated on other people (data {other.data or 'unknown'}, here {one.data})."
-    if one.protocol != other.protocol:
-        ours, theirs = json.loads(one.protocol or "{}"), json.loads(other.protocol or "{}")
-        names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-        pairs = ", ".join(f"{name} {theirs.get(name)!r}, here {ours.get(name)!r}" for name in names)
-        return f"it was evaluated by another protocol ({pairs})."
-    if metric not in other.metrics:
-        return f"it has no {metric}."
-    return None
+class RegistryError(RuntimeError):
+    """What the registry cannot do, in one sentence."""
 
 
 class Registry:
@@ -175,12 +51,36 @@ class Registry:
             if err.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
+    def all(self) -> list[ModelVersion]:
+        """Every version, the newest first."""
+        found: list[ModelVersion] = []
+        token: str | None = None
+        while token != "":
+            page = self._client.search_model_versions(f"name = '{self.model}'", page_token=token)
+            found += page
+            token = page.token or ""
+        return sorted(found, key=lambda version: -int(version.version))
+
     def find(self, run_id: str, weights_sha256: str) -> ModelVersion | None:
         """The version made of these weights by this run, if there is one."""
-        for version in self._client.search_model_versions(f"name = '{self.model}'"):
-            if version.tags.get(RUN_TAG) == run_id and version.tags.get(WEIGHTS_TAG) == weights_sha256:
+        for version in self.all():
+            if version.run_id == run_id and version.tags.get(WEIGHTS_TAG) == weights_sha256:
                 return version
         return None
+
+    def get(self, name: str) -> ModelVersion:
+        """A version by its number or alias.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        if name.isdigit():
+            with suppress(MlflowException):
+                return self._client.get_model_version(self.model, name)
+        elif (found := self.by_alias(name)) is not None:
+            return found
+        known = ", ".join(version.version for version in self.all()[:8]) or "none"
+        raise RegistryError(f"{self.model} has no version {name}. The newest: {known}; aliases: champion, challenger.")
 
     def add(self, model_id: str, run_id: str, tags: Mapping[str, str], description: str) -> int:
         """Register a logged model, unless another process has just registered the same weights of the same run.
@@ -188,7 +88,7 @@ class Registry:
         Returns: the number of the version.
         """
         with turn(self._client, self.model):
-            found = self.find(tags[RUN_TAG], tags[WEIGHTS_TAG])
+            found = self.find(run_id, tags[WEIGHTS_TAG])
             return int(found.version) if found else self._create(model_id, run_id, tags, description)
 
     def _create(self, model_id: str, run_id: str, tags: Mapping[str, str], description: str) -> int:
@@ -213,7 +113,7 @@ class Registry:
                 return None
             raise
 
-    def settle(self, version: int, evaluation: Measurement, metric: str, margin: float) -> Decision:
+    def settle(self, version: int, evaluation: Measurement, rules: Rules) -> Decision:
         """Compare a version with the champion, move the aliases, and write down why; one process at a time.
 
         What a killed process had decided is carried out by the next call. A champion whose alias someone moved by hand
@@ -222,33 +122,96 @@ class Registry:
         Raises:
             TurnLostError: another process has the turn and does not give it back.
         """
+        compared: dict[tuple[str, str], Intervals | None] = {}
+        while True:
+            reigning = self.by_alias(CHAMPION)  # the bootstrap takes seconds: not in a turn that others wait for
+            if reigning and _state(reigning) not in compared:
+                compared[_state(reigning)] = self.paired(version, evaluation, reigning)
+            with turn(self._client, self.model) as mine:
+                self._finish_interrupted()
+                self._note_moves_by_hand()
+                reigning = self.by_alias(CHAMPION)
+                if reigning and _state(reigning) not in compared:
+                    continue  # there is another champion now
+                champion = (int(reigning.version), Measurement.from_tags(reigning.tags)) if reigning else None
+                paired = compared[_state(reigning)] if reigning else None
+                decision = decide(version, evaluation, champion, rules, paired)
+                if decision.promotes and ROLLED_BACK_TAG in self._tags(version):
+                    decision = kept_back(decision, version, ROLLED_BACK_TAG)
+                if decision.verdict != "is_champion":  # a champion keeps the record of how it became one
+                    mine.keep()
+                    self.tag(version, {UNFINISHED_TAG: json.dumps(decision.tags())})
+                    self._carry_out(version, decision.tags())
+                return decision
+
+    def paired(self, version: int, evaluation: Measurement, reigning: ModelVersion) -> Intervals | None:
+        """Intervals of the differences to another version, where both have their matches; None where they have not."""
+        theirs = Measurement.from_tags(reigning.tags)
+        if int(reigning.version) == version or incomparable(evaluation, theirs, next(iter(evaluation.metrics), "")):
+            return None
+        ours = self._client.get_model_version(self.model, str(version))
+        first, second = self.matches(reigning.run_id, theirs), self.matches(ours.run_id, evaluation)
+        if first is None or second is None:
+            return None
+        with suppress(ValueError):  # other pictures
+            return paired_intervals(first, second)
+        return None
+
+    def matches(self, run_id: str | None, evaluation: Measurement) -> MatchTables | None:
+        """What a version keeps for comparisons picture by picture; None where it is not to be had."""
+        if not run_id or not evaluation.matches:
+            return None
+        with tempfile.TemporaryDirectory() as folder, suppress(MlflowException, OSError, ValueError):
+            return MatchTables.load(Path(self._client.download_artifacts(run_id, evaluation.matches, folder)))
+        return None
+
+    def promote(self, version: int, why: str, before: int | None = None) -> ModelVersion | None:
+        """Make a version champion by somebody's wish; the one before is not promoted again by itself.
+
+        Args:
+            version: its number.
+            why: what is recorded.
+            before: the version that a rollback from it leads to; None: the champion until now.
+
+        Returns: the champion before.
+        """
         with turn(self._client, self.model) as mine:
             self._finish_interrupted()
             self._note_moves_by_hand()
             reigning = self.by_alias(CHAMPION)
-            champion = (int(reigning.version), Measurement.from_tags(reigning.tags)) if reigning else None
-            decision = decide(version, evaluation, champion, metric, margin)
-            if decision.promotes and ROLLED_BACK_TAG in self._tags(version):
-                decision = _kept_back(decision, version)
-            if decision.verdict != "is_champion":  # a champion keeps the record of how it became one
-                tags = _decision_tags(decision, metric, margin)
-                mine.keep()
-                self.tag(version, {UNFINISHED_TAG: json.dumps(tags)})
-                self._carry_out(version, tags)
-        return decision
+            if reigning and int(reigning.version) == version:
+                return reigning
+            deposed = int(reigning.version) if reigning else None
+            numbers = {"champion_version": before or deposed, "deposed": deposed}
+            tags = {"decision": "by_hand", "decision.text": why, "decision.numbers": json.dumps(numbers)}
+            mine.keep()
+            self.tag(version, {UNFINISHED_TAG: json.dumps(tags)})
+            self._carry_out(version, tags)
+            return reigning
+
+    def before(self, champion: ModelVersion) -> int | None:
+        """The version that was champion before this one; None where none is known."""
+        number = json.loads(champion.tags.get("decision.numbers") or "{}").get("champion_version")
+        return int(number) if number else None
 
     def _carry_out(self, version: int, tags: Mapping[str, str]) -> None:
         """Record a decision and move the alias; each step may be done again."""
         self.tag(version, tags)
+        if tags["decision"] == "by_hand":
+            before = json.loads(tags["decision.numbers"])["deposed"]
+            self._note_move(str(before) if before else None, str(version))
         if tags["decision"] in PROMOTING:
             self._client.set_registered_model_tag(self.model, PROMOTED_TAG, str(version))
             self._client.set_registered_model_alias(self.model, CHAMPION, str(version))
-            challenger = self.by_alias(CHALLENGER)
-            if challenger and int(challenger.version) == version:
-                self._client.delete_registered_model_alias(self.model, CHALLENGER)
+            self._drop_challenger(version)
         else:
             self._client.set_registered_model_alias(self.model, CHALLENGER, str(version))
         self._client.delete_model_version_tag(self.model, str(version), UNFINISHED_TAG)
+
+    def _drop_challenger(self, version: int) -> None:
+        challenger = self.by_alias(CHALLENGER)
+        if challenger and int(challenger.version) == version:
+            self._client.delete_registered_model_alias(self.model, CHALLENGER)
 
     def _finish_interrupted(self) -> None:
         """Carry out what a killed process had decided, unless someone moved the champion's alias meanwhile."""
@@ -256,8 +219,10 @@ class Registry:
             if UNFINISHED_TAG not in found.tags:
                 continue
             tags, reigning = json.loads(found.tags[UNFINISHED_TAG]), self.by_alias(CHAMPION)
-            number = str(reigning.version) if reigning else "none"
-            if tags["decision"] not in PROMOTING or number in (tags["decision.champion_version"], str(found.version)):
+            number = int(reigning.version) if reigning else None
+            numbers = json.loads(tags["decision.numbers"])
+            before = numbers.get("deposed", numbers["champion_version"])
+            if tags["decision"] not in PROMOTING or number in (before, int(found.version)):
                 self._carry_out(int(found.version), tags)
             else:
                 self._client.delete_model_version_tag(self.model, str(found.version), UNFINISHED_TAG)
@@ -269,13 +234,16 @@ class Registry:
         number = str(reigning.version) if reigning else None
         if promoted == number:
             return
-        if promoted and promoted != "none":
-            where = f"version {number}" if number else "no version"
-            with suppress(MlflowException):  # it may have been deleted
-                self.tag(int(promoted), {ROLLED_BACK_TAG: f"the alias was moved by hand, to {where}"})
-        if reigning and ROLLED_BACK_TAG in reigning.tags:
-            self._client.delete_model_version_tag(self.model, str(number), ROLLED_BACK_TAG)
+        self._note_move(None if promoted == "none" else promoted, number)
         self._client.set_registered_model_tag(self.model, PROMOTED_TAG, number or "none")
+
+    def _note_move(self, before: str | None, now: str | None) -> None:
+        if before:
+            where = f"version {now}" if now else "no version"
+            with suppress(MlflowException):  # it may have been deleted
+                self.tag(int(before), {ROLLED_BACK_TAG: f"the alias was moved by hand, to {where}"})
+        if now and ROLLED_BACK_TAG in self._tags(int(now)):
+            self._client.delete_model_version_tag(self.model, now, ROLLED_BACK_TAG)
 
     def _tags(self, version: int) -> dict[str, str]:
         return self._client.get_model_version(self.model, str(version)).tags
@@ -286,21 +254,6 @@ class Registry:
             self._client.set_model_version_tag(self.model, str(version), name, str(value))
 
 
-def _kept_back(decision: Decision, version: int) -> Decision:
-    text = (
-        f"version {version} stays as it is: it was champion until someone moved the alias by hand. Delete its tag "
-        f"`{ROLLED_BACK_TAG}` to let it compete again, or set the alias yourself."
-    )
-    return replace(decision, verdict="rolled_back", text=text)
-
-
-def _decision_tags(decision: Decision, metric: str, margin: float) -> dict[str, str]:
-    return {
-        "decision": decision.verdict,
-        "decision.text": decision.text,
-        "decision.metric": metric,
-        "decision.margin": f"{margin:g}",
-        "decision.value": f"{decision.value:.6f}",
-        "decision.champion_version": str(decision.champion_version or "none"),
-        "decision.champion_value": "none" if decision.champion_value is None else f"{decision.champion_value:.6f}",
-    }
+def _state(version: ModelVersion) -> tuple[str, str]:
+    """A version, and what it was measured to do."""
+    return str(version.version), json.dumps(Measurement.from_tags(version.tags).to_json())

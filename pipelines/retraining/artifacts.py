@@ -108,17 +108,16 @@ def publish(workspace: Workspace, outcome: Retrained, changes: Changes) -> None:
 
 def links_of(registered: Mapping[str, Any], root: Path) -> dict[str, str]:
     """Words -> address in MLflow of the run, its report and the version, at the port that `make ui` took last."""
-    _, hash_mark, place = str(registered.get("url") or "").partition("/#")
-    if not hash_mark:
+    if not registered.get("run_id"):
         return {}
     base = f"{mlflow_page(tracking_address(load_params(root / 'params.yaml'), root))}/#"
-    run, question, query = place.partition("?")
-    links = {"The run in MLflow": f"{base}{place}"}
-    if "/experiments/" in run:
-        query = f"{question}{query}"
-        links["The report"] = f"{base}{run}/artifacts/evaluation/report.html{query}"
-        links["The version"] = f"{base}/models/{registered['model']}/versions/{registered['version']}{query}"
-    return links
+    run = f"{base}/experiments/{registered['experiment_id']}/runs/{registered['run_id']}"
+    query = "?workflowType=machine_learning"
+    return {
+        "The run in MLflow": f"{run}{query}",
+        "The report": f"{run}/artifacts/evaluation/report.html{query}",
+        "The version": f"{base}/models/{registered['model']}/versions/{registered['version']}{query}",
+    }
 
 
 def data_rows(folder: Path) -> list[Row]:

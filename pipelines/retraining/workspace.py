@@ -32,6 +32,8 @@ from pipelines.processes import environment
 
 FOLDER = Path(".dvc/tmp/exps/retrain")  # where `lineage.project_root` finds the way back from
 KEPT = FOLDER.with_name("retrain.kept")
+ASKS_ONLY = ("register", ["always changed"])
+"""Of `dvc status`: the stage that asks MLflow each time whether it still has what is registered."""
 ALWAYS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local", ".dvcignore")
 """Files that are taken along though git may not know them."""
 FIRST_WEIGHTS = RAW / "pretrained"
@@ -199,7 +201,7 @@ def stale_stages(folder: Path) -> list[str]:
     Raises:
         WorkspaceError: DVC cannot read the project.
     """
-    return list(_status(folder))
+    return [name for name, changes in _status(folder).items() if (name, changes) != ASKS_ONLY]
 
 
 def changes_by_stage(folder: Path) -> dict[str, list[str]]:

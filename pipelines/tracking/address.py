@@ -14,7 +14,7 @@ from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
 from pipelines.access import read_pages
 from pipelines.lineage import project_root
-from pipelines.tracking.database import database_path, prepared
+from pipelines.tracking.database import artifacts_beside, database_path, prepared
 
 KNOCK_S = 4.0
 """Seconds that a server may take to take a connection, and again to answer."""
@@ -34,9 +34,10 @@ def tracking_address(config: Config, root: Path | None = None) -> str:
     return address
 
 
-def artifact_folder(address: str, root: Path | None = None) -> str | None:
+def artifact_folder(address: str) -> str | None:
     """Where a new experiment keeps its files: `mlartifacts` beside a sqlite file; a server decides for itself."""
-    return ((root or project_root()) / "mlartifacts").as_uri() if address.startswith("sqlite:") else None
+    path = database_path(address)
+    return artifacts_beside(path).as_uri() if path else None
 
 
 def connect(address: str) -> MlflowClient:
@@ -82,6 +83,14 @@ def mlflow_page(address: str) -> str:
 
 
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
-    """The page of a run; for sqlite the one that `make ui` serves. MLflow shows its GenAI side unless told else."""
-    base = mlflow_page(address)
-    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    """The page of a run. MLflow shows its GenAI side unless told else."""
+    return f"{_experiment_page(address, experiment_id)}/{run_id}?workflowType=machine_learning"
+
+
+def experiment_url(address: str, experiment_id: str) -> str:
+    """The page of an experiment: its runs."""
+    return f"{_experiment_page(address, experiment_id)}?workflowType=machine_learning"
+
+
+def _experiment_page(address: str, experiment_id: str) -> str:
+    return f"{mlflow_page(address)}/#/experiments/{experiment_id}/runs"

@@ -14,6 +14,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from cigpose.files.atomic import claimed, written_file
 
 SQLITE = "sqlite:///"
+_ADDRESSES = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
+"""Table -> column with addresses of artifacts."""
 _HALF_MADE = re.compile(r"already exists|no such table|no such column|duplicate column|Can't locate revision")
 
 
@@ -26,16 +33,25 @@ def database_path(address: str) -> Path | None:
     return Path(address.removeprefix(SQLITE)) if address.startswith(SQLITE) else None
 
 
+def artifacts_beside(path: Path) -> Path:
+    """The folder with the files of runs and models whose database is at `path`."""
+    return path.absolute().with_name("mlartifacts")
+
+
 @contextmanager
 def prepared(path: Path) -> Iterator[None]:
     """Open the database within: it is there, complete, and nobody else sets it up meanwhile.
+
+    Where it was moved together with its artifacts, its addresses of them follow.
 
     Raises:
         DatabaseError: what is there is no database, or one whose set-up was cut short.
         OSError: a new one cannot be made, as on a full disk.
     """
     with claimed(path.with_name(path.name + ".lock"), f"the set-up of {path}", wait=True):
-        if not _tables(path):
+        if tables := _tables(path):
+            _follow_move(path, tables)
+        else:
             _make(path)
         try:
             yield
@@ -57,6 +73,27 @@ def _tables(path: Path) -> list[str]:
         raise _unusable(path, str(err)) from err
 
 
+def _follow_move(path: Path, tables: list[str]) -> None:
+    """Let the addresses of artifacts, which MLflow keeps absolute, be those of the folder beside the database.
+
+    Only of a database that lay beside its `mlartifacts` before, and does so now: one that was moved, or copied, whole.
+    """
+    here = artifacts_beside(path)
+    if "experiments" not in tables or not here.is_dir():
+        return
+    with closing(sqlite3.connect(path, timeout=20)) as connection, connection:
+        first = connection.execute("SELECT artifact_location FROM experiments WHERE experiment_id = 0").fetchone()
+        before = (first[0] or "").rpartition("/")[0] if first else ""
+        if before == here.as_uri() or not before.startswith("file:") or not before.endswith(f"/{here.name}"):
+            return
+        for table, column in _ADDRESSES.items():
+            if table in tables:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (here.as_uri(), len(before) + 1, len(before) + 1, f"{before}/"),
+                )
+
+
 def _unusable(path: Path, found: str) -> DatabaseError:
     return DatabaseError(
         f"{path}: not a whole MLflow database ({found}). A set-up of it may have been killed: move the file away; a "
@@ -71,7 +108,7 @@ def _make(path: Path) -> None:
         left.unlink(missing_ok=True)
     with written_file(path) as part:
         try:
-            store = SqlAlchemyStore(f"{SQLITE}{part}", (path.parent / "mlartifacts").absolute().as_uri())
+            store = SqlAlchemyStore(f"{SQLITE}{part}", artifacts_beside(path).as_uri())
         except (SQLAlchemyError, MlflowException) as err:
             reason = str(err).splitlines()[0]
             raise OSError(f"{path}: MLflow's database could not be made: {reason}. Is there room on the disk?") from err

@@ -14,9 +14,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARAMS = "params.yaml"
+RECORD = "record"
+"""Folder of data/model with a copy of the run's folder."""
 LOCAL = "local-"
 """Start of the id of a run that MLflow does not know yet."""
 CHANGES_NAMED = 3
@@ -66,12 +70,29 @@ class Run:
         if not self.facts:
             write_text(self.folder / PARAMS, yaml.safe_dump(config.to_public_mapping(), sort_keys=False))
             self.facts = {"id": LOCAL + uuid.uuid4().hex, "started": _now(), "files": {PARAMS: None}, "inputs": []}
-        about = {"name": run_name(config), "experiment": config.registry.experiment, "tags": _tags(config, kind)}
+        started = datetime.fromtimestamp(self.facts["started"] / 1000)
+        about = {
+            "name": f"{run_name(config)}, {started:%Y-%m-%d %H:%M}",
+            "experiment": config.registry.experiment,
+            "tags": _tags(config, kind),
+        }
         self._update(**about, address=without_credentials(address), status="RUNNING", ended=None)
 
     def end(self, status: Status) -> None:
         """Nothing is recorded after this."""
         self._update(status=status, ended=_now())
+
+    def copy(self, folder: Path) -> None:
+        """Make a folder of the same run, finished now, that MLflow can be told from on any machine.
+
+        It lacks what the run took of this machine (system.jsonl).
+        """
+        folder.mkdir(parents=True)
+        here = [name for name in (*self.facts["files"], self.history.name) if (self.folder / name).is_file()]
+        for name in here:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, folder / name)
+        write_json(folder / "run.json", {**self.facts, "address": None, "status": "FINISHED", "ended": _now()})
 
     def _update(self, **facts: Any) -> None:
         self.facts = {**self.facts, **facts}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
-from cigpose.files.atomic import ClaimedError, claimed, write_json
+from cigpose.files.atomic import ClaimedError, claimed, write_json, written_folder
 from pipelines.tracking.address import artifact_folder
 from pipelines.tracking.run import LOCAL, PARAMS, Run, flatten, read_facts, read_records
 
@@ -217,17 +218,36 @@ def sync_waiting(runs: Path, client: MlflowClient) -> None:
                 sync_run(path.parent, client, wait=False)
 
 
-def resolve_run_id(client: MlflowClient, config: Config, run_id: str, runs: Path) -> str | None:
+def resolve_run_id(
+    client: MlflowClient, config: Config, run_id: str, runs: Path, record: Path | None = None
+) -> str | None:
     """MLflow's id of a run; None if there is no such run.
 
     Delivers first what the folders under `runs` still hold. A run that began while MLflow could not be reached gets its
     id now, and one whose database was deleted, or that was tracked at another address, is sent again.
+
+    Args:
+        client: of the MLflow that is asked.
+        config: names the experiment.
+        run_id: MLflow's, perhaps of another MLflow, or the run's own.
+        runs: the folders of runs on this machine.
+        record: a copy of the run's folder (`Run.copy`), for where neither MLflow nor `runs` has it.
     """
     sync_waiting(runs, client)
+    facts = read_facts(record / "run.json") if record else {}
+    names = {run_id, facts.get("id", run_id)}
     for path in sorted(runs.glob("*/run.json")):
         state = read_facts(path.with_name("sync.json"))
-        if run_id in (read_facts(path).get("id"), state.get("run_id"), *state.get("former_ids", ())):
+        if names & {read_facts(path).get("id"), state.get("run_id"), *state.get("former_ids", ())}:
             return sync_run(path.parent, client)
-    if run_id.startswith(LOCAL):
-        return find_local(client, get_experiment(client, config.registry.experiment), run_id)
-    return run_id if active_run(client, run_id) else None
+    if not run_id.startswith(LOCAL) and active_run(client, run_id):
+        return run_id
+    if record is None or "id" not in facts:
+        is_local = run_id.startswith(LOCAL)
+        return find_local(client, get_experiment(client, config.registry.experiment), run_id) if is_local else None
+    folder = runs / f"record-{facts['id'].removeprefix(LOCAL)[:8]}"
+    with claimed(folder.with_name(f"{folder.name}.lock"), f"taking over {record}", wait=True):
+        if not folder.is_dir():
+            with written_folder(folder) as part:
+                shutil.copytree(record, part, dirs_exist_ok=True)
+    return sync_run(folder, client)

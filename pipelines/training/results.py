@@ -1,5 +1,8 @@
 """What a finished run keeps: results/, laid out as below data/, and DONE, which vouches for every file of it.
 
+results/model/record/ is the run as MLflow is to know it, so that it can be told where its folder is not
+(`pipelines.tracking.run.Run.copy`).
+
 DONE is written last, with the size and sha256 of each file. Results that differ from it are not taken.
 """
 
@@ -18,11 +21,13 @@ from cigpose.files.atomic import write_json, write_text, written_file, written_f
 from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
-from pipelines.tracking.run import Run
+from pipelines.lineage import dataset_facts, git_revision
+from pipelines.paths import SHARDS
+from pipelines.tracking.run import RECORD, Run
 from pipelines.training import curves
 
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
-RESULTS, DONE = "results", "DONE"
+RESULTS, DONE, CURVES = "results", "DONE", "curves.svg"
 
 
 def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore, folder: Path, run: Run) -> None:
@@ -37,6 +42,8 @@ def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore
         "metric": best["metric"],
         "best_metric": best["value"],
         "learning_rate": config.train.resolved_learning_rate,
+        "git_revision": git_revision(),
+        "datasets": {name: dataset_facts(config, name, SHARDS) for name in (*config.data.train, config.data.val)},
     }
     with written_folder(folder) as made:
         fetch_weights(store, result["weights"], made / "model" / "model.safetensors")
@@ -46,8 +53,10 @@ def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore
         curves.write_loss(history, made / "plots" / "loss.csv")
         curves.write_validation(history, best["metric"], made / "plots" / "validation.csv")
         curves.write_curves(config, history, made / "plots" / "curves.svg")
-    run.log_record({"kind": "best", "step": result["step"], "epoch": best["epoch"], best["metric"]: best["value"]})
-    run.note_file(folder / "plots" / "curves.svg")
+        write_text(run.folder / CURVES, (made / "plots" / "curves.svg").read_text(encoding="utf-8"))
+        run.note_file(run.folder / CURVES)
+        run.log_record({"kind": "best", "step": result["step"], "epoch": best["epoch"], best["metric"]: best["value"]})
+        run.copy(made / "model" / RECORD)
 
 
 def fetch_weights(store: CheckpointStore, name: str, target: Path) -> None:

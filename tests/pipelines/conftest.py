@@ -20,6 +20,8 @@ from train_stage import Stage, make_stage
 from cigpose.config import Config, config_from_mapping, load_preset
 from cigpose.config.params_file import write_params
 from pipelines import ui
+from pipelines.lineage import dataset_facts
+from pipelines.registry.measurement import Measurement, flat_metrics, protocol_of
 from pipelines.tracking.address import connect
 from pipelines.tracking.courier import tracked
 
@@ -100,22 +102,42 @@ def trained(project: Path) -> Callable[..., str]:
         with tracked(config, project / f".runs/run-{seed}") as run:
             run.log_record({"kind": "log", "step": 1, "loss": 1.0})
         torch.manual_seed(seed)
+        shutil.rmtree(project / "data/model", ignore_errors=True)
         for folder in ("model", "report/pictures", "metrics"):
             (project / "data" / folder).mkdir(parents=True, exist_ok=True)
         save_weights(project / "data/model/model.safetensors", build_model(config).state_dict(), config)
         write_params(config, project / "data/model/params.yaml")
-        _write_json(project / "data/model/run.json", {"run_id": run.run_id, "epochs": 4, "best_epoch": 3})
-        for name in ("rendered-train", "rendered-val"):
+        names = ("rendered-train", "rendered-val")
+        for name in names:
             _write_json(project / f"data/shards/{name}/index.json", shard_index(name, images))
+        datasets = {name: dataset_facts(config, name, project / "data/shards") for name in names}
+        facts = {"run_id": run.run_id, "epochs": 4, "best_epoch": 3, "datasets": datasets}
+        _write_json(project / "data/model/run.json", facts)
         picture = np.full((60, 80, 3), 7 * seed, np.uint8)
         cv2.imwrite(str(project / "data/report/pictures/page-00.jpg"), picture)
         (project / "data/report/model.onnx").write_bytes(b"made by the evaluation")
         (project / "data/report/report.html").write_text("<!doctype html><title>Report</title>")
         figures = {"whole": {"AP": whole_ap, "AR": whole_ap}, "body": {"AP": 0.8, "AR": 0.8}}
         _write_json(project / "data/metrics/evaluate.json", figures)
+        write_measured(project, config, figures)
+        run.copy(project / "data/model/record")
         return run.run_id
 
     return make
+
+
+def write_measured(project: Path, config: Config, figures: dict[str, dict[str, float]]) -> None:
+    """Leave figures as the stage `evaluate` leaves them, of the people of data.val."""
+    facts = dataset_facts(config, config.data.val, project / "data/shards")
+    measurement = Measurement(metrics=flat_metrics(figures), data=facts["content"], protocol=protocol_of(config))
+    values = {"dataset": {"name": config.data.val, **facts}, **measurement.to_json()}
+    _write_json(project / "data/report/measurement.json", values)
+
+
+@pytest.fixture
+def measure() -> Callable[[Path, Config, dict[str, dict[str, float]]], None]:
+    """See `write_measured`."""
+    return write_measured
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from project import TINY, Project, make_project
 
 pytestmark = pytest.mark.slow
@@ -39,10 +41,25 @@ def test_the_main_job_ends_with_a_registered_model_which_is_no_champion_before_i
     assert list((project.folder / "data/report/pictures").glob("*.jpg"))
 
 
-def test_a_second_run_does_nothing_and_says_so(project: Project) -> None:
+def test_a_second_run_only_asks_mlflow_whether_it_has_the_version(project: Project) -> None:
+    before = (project.folder / "dvc.lock").read_bytes(), (project.folder / "data/registered.json").read_bytes()
     output = project.run("dvc", "repro").stdout
-    assert "Running stage" not in output
-    assert "Data and pipelines are up to date" in output
+    assert [line for line in output.splitlines() if line.startswith("Running stage")] == ["Running stage 'register':"]
+    after = (project.folder / "dvc.lock").read_bytes(), (project.folder / "data/registered.json").read_bytes()
+    assert after == before
+
+
+def test_a_database_that_was_deleted_is_noticed_and_gets_everything_again(project: Project) -> None:
+    for path in [project.folder / "mlartifacts", project.folder / ".runs", *project.folder.glob("mlflow.db*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output = project.run("dvc", "repro").stdout
+    assert "version 1, alias challenger" in output
+    client = MlflowClient(f"sqlite:///{project.folder}/mlflow.db")
+    version = client.get_model_version("cigpose-quickstart", "1")
+    found = {file.path for file in client.list_artifacts(version.run_id)}
+    assert {"params.yaml", "curves.svg", "evaluation", "training", "validation"} <= found
+    run = client.get_run(version.run_id)
+    assert run.data.params["train.epochs"] == "2" and "train/loss" in run.data.metrics
 
 
 def test_a_changed_train_parameter_makes_only_training_and_what_follows_stale(project: Project) -> None:
@@ -61,7 +78,7 @@ def test_a_log_setting_makes_nothing_stale(project: Project) -> None:
     before = (project.folder / "params.yaml").read_text()
     project.change(train__log_every_steps=3)
     try:
-        assert "up to date" in project.run("dvc", "status").stdout
+        assert set(json.loads(project.run("dvc", "status", "--json").stdout)) == {"register"}  # which always asks
     finally:
         (project.folder / "params.yaml").write_text(before)
 

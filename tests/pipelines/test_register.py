@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from mlflow import MlflowClient
 
 from cigpose.config import Config, config_from_mapping
 from pipelines import register
-from pipelines.registry.versions import Measurement, Registry, decide, protocol_of
+from pipelines.registry.gate import Rules, decide
+from pipelines.registry.measurement import Measurement, protocol_of
+from pipelines.registry.versions import Registry
 from pipelines.tracking.address import UnreachableError, connect
 
 MODEL = "cigpose-quickstart"
@@ -76,14 +79,14 @@ def evaluation(
     ],
 )
 def test_who_becomes_champion(challenger, champion, margin, verdict, text) -> None:
-    decision = decide(2, challenger, (1, champion) if champion else None, "whole/AP", margin)
+    decision = decide(2, challenger, (1, champion) if champion else None, Rules(metric="whole/AP", margin=margin))
     assert decision.verdict == verdict
     assert text in decision.text
     assert decision.promotes == (verdict in ("first", "better"))
 
 
 def test_the_champion_is_not_compared_with_itself() -> None:
-    decision = decide(3, evaluation(0.5), (3, evaluation(0.5)), "whole/AP", 0.0)
+    decision = decide(3, evaluation(0.5), (3, evaluation(0.5)), Rules(metric="whole/AP"))
     assert decision.verdict == "is_champion"
     assert not decision.promotes
 
@@ -135,11 +138,8 @@ def test_a_sequence_of_models(project: Path, trained, config: Config, client: Ml
     worse = register.register(config, project)
     assert (worse["version"], worse["alias"], worse["decision"]) == (3, "challenger", "not_better")
     tags = client.get_model_version(MODEL, "3").tags
-    assert (tags["decision"], tags["decision.value"], tags["decision.champion_value"]) == (
-        "not_better",
-        "0.550000",
-        "0.600000",
-    )
+    numbers = json.loads(tags["decision.numbers"])
+    assert (tags["decision"], numbers["value"], numbers["champion_value"]) == ("not_better", 0.55, 0.6)
     assert aliases(client) == {"champion": 2, "challenger": 3}
 
     again = register.register(config, project)
@@ -169,24 +169,23 @@ def test_a_registered_model_is_complete(
 
     version = client.get_model_version_by_alias(MODEL, "champion")
     assert version.run_id == run_id
-    assert version.tags["whole/AP"] == "0.610000"
+    assert Measurement.from_tags(version.tags).metrics["whole/AP"] == 0.61
+    assert len(version.tags) <= 10
     assert version.tags["keypoints"] == "coco_wholebody"
     assert version.tags["dvc.experiment"] == "retrain-20260302-030000"
-    assert {
-        "data.rendered-train",
-        "data.rendered-val",
-        "git.revision",
-        "dvc.lock",
-        "evaluation.data",
-    } <= version.tags.keys()
-    assert "| whole | 0.610 |" in (version.description or "")
+    assert {"git.revision", "dvc.lock", "preset", "decision", "decision.text"} <= version.tags.keys()
+    description = version.description or ""
+    assert "| whole | 0.610 |" in description and "version 1 is the first champion" in description
 
     folder = Path(
         client.get_logged_model(version.source.removeprefix("models:/")).artifact_location.removeprefix("file://")
     )
     for name in ("model.safetensors", "model.onnx", "params.yaml", "keypoints.json", "metrics.json", "dvc.lock"):
         assert (folder / "artifacts" / name).stat().st_size > 0, name
-    assert (folder / "README.md").read_text() == version.description
+    card = (folder / "README.md").read_text()
+    assert "| whole | 0.610 |" in card and "version 1 is the first champion" in card
+    assert "- rendered-train: rendered by this project" in card and "## Intended use" in card
+    assert (folder / "input_example.json").is_file()
     assert (folder / "artifacts/pictures/page-00.jpg").is_file()
     assert (folder / "artifacts/report.html").read_bytes() == (project / "data/report/report.html").read_bytes()
     assert (folder / "code/cigpose/config/experiment.py").is_file()
@@ -196,7 +195,8 @@ def test_a_registered_model_is_complete(
     assert any(line.startswith("torch==2.") for line in (folder / "requirements.txt").read_text().splitlines())
 
     run = client.get_run(run_id)
-    assert run.data.metrics["evaluate/whole/AP"] == 0.61
+    assert run.data.metrics["evaluation/whole/AP"] == 0.61
+    assert [output.model_id for output in run.outputs.model_outputs] == [version.source.removeprefix("models:/")]
     assert run.info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run_id, "evaluation/pictures")] == [
         "evaluation/pictures/page-00.jpg"
@@ -208,22 +208,24 @@ def test_a_registered_model_is_complete(
 
 @pytest.mark.slow
 def test_the_same_weights_evaluated_in_another_way_keep_their_version(
-    project: Path, trained, config: Config, client: MlflowClient
+    project: Path, trained, measure, config: Config, client: MlflowClient
 ) -> None:
     """So a champion is made comparable again: evaluate it as its challengers are, and register it once more."""
     trained(config, seed=1, whole_ap=0.5)
     register.register(config, project)
-    (project / "data/metrics/evaluate.json").write_text(json.dumps({"whole": {"AP": 0.45}}))
+    measure(project, config, {"whole": {"AP": 0.45}})
     registered = register.register(config, project)
     assert (registered["version"], registered["decision"]) == (1, "is_champion")
     assert Measurement.from_tags(client.get_model_version(MODEL, "1").tags).metrics["whole/AP"] == 0.45
 
 
-def test_nothing_is_registered_without_the_metric_to_compare_by(project: Path, trained, config: Config, capsys) -> None:
+def test_nothing_is_registered_without_the_metric_to_compare_by(
+    project: Path, trained, measure, config: Config, capsys
+) -> None:
     trained(config, seed=1, whole_ap=0.5)
-    (project / "data/metrics/evaluate.json").write_text(json.dumps({"body": {"AP": 0.45}}))
+    measure(project, config, {"body": {"AP": 0.45}})
     assert register.main([]) == 1
-    assert "data/metrics/evaluate.json: no whole/AP (evaluate.metric)" in capsys.readouterr().err
+    assert "data/report/measurement.json: no whole/AP (evaluate.metric)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -260,6 +262,7 @@ def test_a_server_that_is_away_is_one_sentence_and_a_rerun_registers_once(
 def test_a_run_that_mlflow_does_not_have_is_named(project: Path, trained, config: Config, capsys) -> None:
     trained(config, seed=1, whole_ap=0.5)
     (project / "data/model/run.json").write_text(json.dumps({"run_id": "0" * 32}))
+    shutil.rmtree(project / "data/model/record")
     assert register.main([]) == 1
     error = capsys.readouterr().err
     assert f"has no run {'0' * 32}" in error
@@ -270,8 +273,7 @@ def test_a_run_that_mlflow_does_not_have_is_named(project: Path, trained, config
     "missing",
     [
         "data/model/run.json",
-        "data/metrics/evaluate.json",
-        "data/shards/rendered-val/index.json",
+        "data/report/measurement.json",
         "data/report/model.onnx",
     ],
 )

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from postgres import Postgres
 
 from pipelines.registry import turns
-from pipelines.registry.versions import Measurement, Registry
+from pipelines.registry.gate import Rules
+from pipelines.registry.measurement import Measurement
+from pipelines.registry.versions import Registry
 from pipelines.tracking.address import connect
 
 MODEL = "raced"
@@ -39,7 +42,7 @@ class Raced:
 
     def settle(self, version: int) -> str:
         kept = Measurement.from_tags(self.tags(version))
-        return self.registry.settle(version, kept, "whole/AP", 0.0).verdict
+        return self.registry.settle(version, kept, Rules(metric="whole/AP")).verdict
 
     def aliases(self) -> dict[str, int]:
         return {name: int(number) for name, number in self.client.get_registered_model(MODEL).aliases.items()}
@@ -97,8 +100,8 @@ def run_races(raced: Raced, addresses: tuple[str, str], rounds: int, start: floa
         assert raced.aliases()["champion"] == better
         assert raced.tags(better)["decision"] in ("first", "better")
         # Where both were champion, the better one came second and knew of the other.
-        follows = raced.tags(better)["decision.champion_version"]
-        assert raced.tags(worse)["decision"] == "not_better" or follows == str(worse)
+        follows = json.loads(raced.tags(better)["decision.numbers"])["champion_version"]
+        assert raced.tags(worse)["decision"] == "not_better" or follows == worse
         assert raced.queue() == []
 
 
@@ -116,6 +119,16 @@ def test_of_two_that_settle_at_a_server_or_one_at_its_database_the_better_is_cha
     raced = Raced(mlflow_server.address)
     run_races(raced, (raced.address, raced.address), max(2, ROUNDS // 2))
     run_races(raced, (raced.address, f"sqlite:///{mlflow_server.folder}/mlflow.db"), 1, start=0.5)
+
+
+@pytest.mark.slow
+def test_of_two_that_settle_on_postgres_the_better_is_champion(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("psycopg2", reason="the driver of PostgreSQL is not installed")
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # no connection is inherited by a fork
+    address = postgres.make_database("races")
+    run_races(Raced(address), (address, address), int(os.environ.get("CIGPOSE_TEST_RACES", "10")))
 
 
 @pytest.mark.slow

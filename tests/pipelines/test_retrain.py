@@ -296,7 +296,7 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     table = json.loads(artifacts["retrain-metrics"]["data"])
     assert table[0] == {"part": "whole", "AP": 0.61, "AR": 0.7}
     assert "version 3 is the new champion" in artifacts["retrain-registered"]["data"]
-    assert "http://127.0.0.1:5000/#/runs/1" in artifacts["retrain-mlflow"]["data"]
+    assert "http://127.0.0.1:5000/#/experiments/1/runs/abc" in artifacts["retrain-mlflow"]["data"]
 
     (toy / "control/fail").write_text("register")
     failed = prefect.wait_end(second := prefect.start_run(force=["register"], start_from="register"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def test_no_secret_is_in_anything_that_is_kept_or_shown(
     assert register.main([]) == 0
     assert register.main(["--show"]) == 0
     (project / "data/model/run.json").write_text(json.dumps({"run_id": "0" * 32}))
+    shutil.rmtree(project / "data/model/record")
     assert register.main([]) == 1
     away = f"127.0.0.1:{ui.free_port()}"  # where no server is, which is said with the address
     with tracked(planted(config.to_mapping(), f"http://user:{SECRET}@{away}"), project / ".runs/away"):

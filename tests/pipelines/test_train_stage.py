@@ -101,6 +101,11 @@ def test_a_finished_run_is_copied_out_again_and_other_params_are_another_run(sta
     assert code == 0 and "finished before" in output
     assert (stage.folder / "data/model/model.safetensors").read_bytes() == before
     run = json.loads((stage.folder / "data/model/run.json").read_text())
+    assert run["datasets"].keys() == {"rendered-train", "rendered-val"}
+    record = Run(stage.folder / "data/model/record")
+    names = {"params.yaml", "curves.svg", "history.jsonl"}
+    assert names <= {path.name for path in record.folder.iterdir()} and list(record.folder.glob("pictures/*.jpg"))
+    assert (record.facts["status"], record.facts["address"]) == ("FINISHED", None)
     assert run["epochs"] == 3 and 1 <= run["best_epoch"] <= 3 and run["run_id"]
     stage.params(**LONG, train__optimizer={"learning_rate": 1e30, "learning_rate_batch": 8, "clip_grad_norm": None})
     code, output = stage.run()  # a rate at which nothing can stay a number

@@ -51,7 +51,7 @@ if name == "evaluate":
 answers = {"evaluate": {"whole": {"AP": 0.61, "AR": 0.7}, "body": {"AP": 0.8, "AR": 0.9}},
            "register": {"model": "toy", "version": 3, "decision": "first",
                         "decision_text": "toy: version 3 is the new champion.",
-                        "url": "http://127.0.0.1:5000/#/runs/1", "experiment": os.environ.get("DVC_EXP_NAME")}}
+                        "run_id": "abc", "experiment_id": "1", "experiment": os.environ.get("DVC_EXP_NAME")}}
 out.write_text(json.dumps(answers.get(name, f"{name} of {time.time_ns()}")))
 """
 # Not in the order of work, as nothing asks dvc.yaml to be.

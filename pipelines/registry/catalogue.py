@@ -1,0 +1,131 @@
+"""What the registry has, as plain values: a version, all of them, two beside each other, one in a folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from cigpose.config import Config
+from cigpose.files.atomic import write_json, written_folder
+from pipelines.registry.gate import Change, Decision, Rules, compare, incomparable
+from pipelines.registry.measurement import Measurement
+from pipelines.registry.versions import ROLLED_BACK_TAG, Registry, RegistryError
+from pipelines.tracking.address import connect, run_url, tracking_address
+
+
+def open_registry(config: Config, model: str | None = None) -> tuple[MlflowClient, Registry]:
+    """The registry of an experiment, and the client it is reached by.
+
+    Args:
+        config: says where MLflow is.
+        model: registered model; None: `registry.model`.
+
+    Raises:
+        RegistryError: nothing was registered under that name.
+    """
+    address = tracking_address(config)
+    mlflow.set_tracking_uri(address)
+    client, name = connect(address), model or config.registry.model
+    try:
+        client.get_registered_model(name)
+    except MlflowException as err:
+        if err.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise RegistryError(f"{name}: no model of that name is registered. `dvc repro` registers one.") from err
+    return client, Registry(client, name)
+
+
+def version_facts(client: MlflowClient, config: Config, version: ModelVersion, metric: str) -> dict[str, Any]:
+    """A version as plain values."""
+    evaluation, decision = Measurement.from_tags(version.tags), Decision.from_tags(version.tags)
+    part, _, figure = metric.partition("/")
+    run = client.get_run(version.run_id) if version.run_id else None
+    return {
+        "model": version.name,
+        "version": int(version.version),
+        "aliases": sorted(version.aliases),
+        "preset": version.tags.get("preset"),
+        "run": run.info.run_name if run else None,
+        "registered": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        "metric": metric,
+        "value": evaluation.metrics.get(metric),
+        "interval": evaluation.intervals.get(part) if figure == "AP" else None,
+        "decision": decision.verdict if decision else None,
+        "decision_text": decision.text if decision else None,
+        "rolled_back": version.tags.get(ROLLED_BACK_TAG),
+        "evaluation": evaluation.to_json(),
+        "git_revision": version.tags.get("git.revision"),
+        "run_id": version.run_id,
+        "url": run_url(tracking_address(config), run.info.experiment_id, run.info.run_id) if run else None,
+    }
+
+
+def compared(registry: Registry, first: ModelVersion, second: ModelVersion, rules: Rules) -> list[Change]:
+    """Every part of the second version beside the first's.
+
+    Raises:
+        RegistryError: they were not measured by the same protocol on the same people.
+    """
+    theirs, ours = (Measurement.from_tags(version.tags) for version in (first, second))
+    if not ours.metrics or not theirs.metrics:
+        nameless = first if not theirs.metrics else second
+        raise RegistryError(
+            f"version {nameless.version} has no figures. `cigpose models evaluate {nameless.version}` measures it."
+        )
+    if difference := incomparable(ours, theirs, rules.metric):
+        raise RegistryError(
+            f"versions {first.version} and {second.version} cannot be compared: of version {first.version}, "
+            f"{difference} `cigpose models evaluate` measures either as params.yaml says now."
+        )
+    parts = [name.removesuffix("/AP") for name in theirs.metrics if name.endswith("/AP")]
+    every = Rules(  # the parts without a limit too
+        metric=rules.metric,
+        margin=rules.margin,
+        max_loss=dict.fromkeys(parts, 1.0) | dict(rules.max_loss),
+        max_robustness_loss=rules.max_robustness_loss,
+    )
+    return list(compare(ours, theirs, every, registry.paired(int(second.version), ours, first)))
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """Model and version (or alias) of `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or of a version or alias alone.
+
+    Raises:
+        RegistryError: it is none of these.
+    """
+    if not name.startswith("models:"):
+        return None, name
+    path = name.removeprefix("models:").lstrip("/")
+    model, _, version = path.partition("@") if "@" in path else path.rpartition("/")
+    if not model or not version:
+        raise RegistryError(f"{name}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
+    return model, version
+
+
+def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:
+    """Copy a version's files into a new folder: weights, params, ONNX file, figures, report, pictures, model card.
+
+    Raises:
+        RegistryError: there is something at `folder` already.
+        MlflowException, OSError: its files cannot be had.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RegistryError(f"{folder}: there is something already, which is not written over. Name a new folder.")
+    with tempfile.TemporaryDirectory() as place, written_folder(folder) as part:
+        found = Path(mlflow.artifacts.download_artifacts(str(version.source), dst_path=place))
+        shutil.copytree(found / "artifacts", part, dirs_exist_ok=True)
+        for name in ("README.md", "requirements.txt"):
+            if (found / name).is_file():
+                shutil.copyfile(found / name, part / name)
+        evaluation = Measurement.from_tags(version.tags)
+        write_json(part / "metrics.json", evaluation.to_json())  # it may have been measured again since
+        about = {"model": version.name, "version": int(version.version), "run_id": version.run_id}
+        write_json(part / "version.json", about)
