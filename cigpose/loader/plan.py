@@ -199,7 +199,7 @@ def train_plan(
     return RankPlan(
         streams=shards.cut(first, last, streams),
         num_persons=last - first,
-        batch_sizes=sizes[:, rank],
+        batch_sizes=sizes[:, rank].copy(),  # and not a view, which would keep those of all ranks
         places=Shuffle(last - first, buffer, (seed, epoch, rank)),
     )
 

@@ -169,7 +169,7 @@ class OpenShard:
         self._key = (place, entry.sha256)
         self._chunks = iter(lambda: source.read(_PIECE), b"") if isinstance(source, io.FileIO) else source
         self._digest = hashlib.sha256() if digest else None
-        self._rest = memoryview(b"")
+        self._rest = io.BytesIO()
         self.failure: tuple[object, ...] | None = None
         """What the error said that ended the reading."""
 
@@ -180,10 +180,11 @@ class OpenShard:
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes; none at the end."""
-        if not self._rest:
-            self._rest = memoryview(self._next())
-        piece, self._rest = self._rest[:size], self._rest[size:]
-        return bytes(piece)
+        piece = self._rest.read(size)
+        if not piece:
+            self._rest = io.BytesIO(self._next())
+            piece = self._rest.read(size)
+        return piece
 
     def _next(self) -> bytes:
         try:
@@ -198,7 +199,7 @@ class OpenShard:
     def go_to(self, offset: int) -> None:
         """Go on reading there; only in a file, and in place of a check."""
         assert self.file is not None and not self.is_checked
-        self._rest = memoryview(b"")
+        self._rest = io.BytesIO()
         self.file.seek(offset)
 
     def finish(self) -> None:

@@ -40,6 +40,7 @@ from offset_loader import offset_batches
 from cigpose.config import AugmentationStage, Config, DatasetConfig, RenderConfig, load_preset
 from cigpose.crop import box_to_center_scale, crop_image
 from cigpose.keypoints import KeypointSet
+from cigpose.loader import batches as loader_module
 from cigpose.loader import crops as crops_module
 from cigpose.loader.augment import (
     MIN_VISIBLE_FOR_HALF_BODY,
@@ -288,7 +289,7 @@ def main() -> None:
         scaled = replace(config, train=replace(config.train, loader=replace(config.train.loader, scaled_decode=True)))
         sides = {
             "ours": lambda: ours(config, folder),
-            "by offset": lambda: offset_batches(config, shards, BATCH),
+            "by offset": lambda: loader_module._prefetched(offset_batches(config, shards, BATCH), 4),
             "bare steps": lambda: bare(config, folder),
             "ours, scaled decoding": lambda: ours(scaled, folder),
             "plain": lambda: PlainWay(config, resample=warp, targets=True).batches(people),
