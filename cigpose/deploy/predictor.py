@@ -11,6 +11,7 @@ the box of one person.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -140,17 +141,20 @@ class Predictor:
             boxes = [None] * len(images) if boxes is None else boxes
             if len(boxes) != len(images):
                 raise ValueError(f"boxes: {len(boxes)} for {len(images)} pictures; give one entry a picture, or None.")
-            return self.predict_many(images, boxes)
+            return self.predict_many(images, boxes, keep_images=True)
         if isinstance(images, Iterator):
             return self._predict_stream(images, itertools.repeat(None) if boxes is None else iter(boxes))
-        return self.predict_many([images], [boxes])[0]
+        return self.predict_many([images], [boxes], keep_images=True)[0]
 
-    def predict_many(self, images: Iterable[Image], boxes: Iterable[Boxes | None]) -> list[Poses]:
+    def predict_many(
+        self, images: Iterable[Image], boxes: Iterable[Boxes | None], *, keep_images: bool = False
+    ) -> list[Poses]:
         """The poses of several pictures; crops of different pictures share batches.
 
         Args:
             images: see `__call__`.
             boxes: as many entries, see `__call__`.
+            keep_images: as `Poses.image`. Without, one picture at a time is in memory if `images` makes them so.
         """
         crops: list[np.ndarray] = []
         people = []
@@ -162,13 +166,15 @@ class Predictor:
             center, scale = box_to_center_scale(corners, self.recipe.box_padding)
             scale = fix_aspect_ratio(scale, self.recipe.input_size)
             crops += [self._crop(pixels, c, s) for c, s in zip(center, scale, strict=True)]
-            people.append((pixels, corners, box_scores, center, scale))
+            size = pixels.shape[1], pixels.shape[0]
+            people.append((size, pixels if keep_images else None, corners, box_scores, center, scale))
         keypoints, scores = self._predict_crops(crops)
         poses, start = [], 0
-        for pixels, corners, box_scores, center, scale in people:
+        for size, kept, corners, box_scores, center, scale in people:
             rows = slice(start, start := start + len(corners))
             moved = crop_to_image(keypoints[rows], center, scale, self.recipe.input_size)
-            poses.append(self._poses(pixels, moved, scores[rows], corners, box_scores))
+            found = self._poses(size, moved, scores[rows], corners, box_scores)
+            poses.append(dataclasses.replace(found, image=kept))
         return poses
 
     def _predict_stream(self, images: Iterator[Image], boxes: Iterator[Boxes | None]) -> Iterator[Poses]:
@@ -176,10 +182,15 @@ class Predictor:
             wanted = list(itertools.islice(boxes, len(group)))
             if len(wanted) < len(group):
                 raise ValueError("boxes: they end before the pictures do; give one entry a picture, or None.")
-            yield from self.predict_many(group, wanted)
+            yield from self.predict_many(group, wanted, keep_images=True)
 
     def _poses(
-        self, image: np.ndarray, keypoints: np.ndarray, raw: np.ndarray, corners: np.ndarray, box_scores: np.ndarray
+        self,
+        image_size: tuple[int, int],
+        keypoints: np.ndarray,
+        raw: np.ndarray,
+        corners: np.ndarray,
+        box_scores: np.ndarray,
     ) -> Poses:
         if self.calibration is None:
             scores = np.clip(raw, 0, 1)
@@ -196,9 +207,8 @@ class Predictor:
             raw_person_scores=person_scores(box_scores, raw, self.recipe.keypoint_score_threshold),
             bbox_xyxy=corners,
             box_scores=box_scores,
-            image_size=(image.shape[1], image.shape[0]),
+            image_size=image_size,
             calibrated=self.calibration is not None,
-            image=image,
         )
 
     def _crop(self, pixels: np.ndarray, center: np.ndarray, scale: np.ndarray) -> np.ndarray:

@@ -347,6 +347,7 @@ def test_patterns_and_names_from_standard_input_are_sources(
     assert predict("album/**/*", "--out", "out", "--no-drawings") == 0  # not notes.txt
     found = [record["file_name"] for record in lines(tmp_path / "out" / "poses.jsonl")]
     assert found == ["000000000007.jpg", "beach.png"]
+    capsys.readouterr()
     assert predict("album/*.gif") == 2
     assert capsys.readouterr().err == "cigpose: album/*.gif: no picture, folder or video has a name of this form.\n"
     names = io.BytesIO(b"album/000000000007.jpg\n\nalbum/summer/*.png\n")

@@ -96,6 +96,7 @@ def test_a_list_gives_a_list_and_a_generator_gives_as_it_goes(predictor: Predict
     assert len(first) == 1 and len(read) == 16
     assert sum(1 for _ in stream) == 39
     several = predictor([picture, picture], [BOXES, None])
+    assert several[0].image is picture and predictor.predict_many([picture], [None])[0].image is None
     assert [len(found) for found in several] == [2, 1]
     with pytest.raises(ValueError, match="boxes: 1 for 2 pictures"):
         predictor([picture, picture], [BOXES])
