@@ -51,10 +51,10 @@ def process_pool(processes: int) -> ProcessPoolExecutor:
     """Processes that are started when they are needed, and end with this one however it ends."""
     # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_with_parent)
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with_parent)
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
     """End this process as soon as the one that started it is gone, which a worker that waits for work never notices.
 
     Not by PR_SET_PDEATHSIG: that is sent when the parent's thread ends, and only Linux has it.

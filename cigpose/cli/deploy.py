@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,7 @@ def _predict(options: argparse.Namespace) -> int:
         predictor = Predictor.load(model, _config(options), **loaded)
         asked = {
             "model": file_digest(model),
+            "calibration": predictor.calibration.digest if predictor.calibration else None,
             "preset": options.preset,
             "flip_test": options.flip_test,
             "boxes": file_digest(options.boxes) if options.boxes else None,
@@ -174,6 +176,8 @@ def _predict_all(
     results.note(**_header(options, predictor), skipped=skipped)
     for sentence in skipped:
         print(f"cigpose: {sentence}", file=sys.stderr)
+    for note in _notes(options, predictor):
+        print(f"cigpose: note: {note}", file=sys.stderr)
     frames = sum(outcome.frames for outcome in outcomes)
     pictures = sum(len(outcome.done) for outcome in outcomes if not outcome.frames)
     print(
@@ -181,6 +185,14 @@ def _predict_all(
         f"{frames} frames, {sum(outcome.before for outcome in outcomes)} of them done before; {len(skipped)} problems"
     )
     return 1 if skipped else 0
+
+
+def _notes(options: argparse.Namespace, predictor: Predictor) -> Iterator[str]:
+    """What the results do not show, and should not be taken for granted."""
+    if not (options.detector or options.boxes or options.whole_image):
+        yield "each whole picture was taken for one person's box; --detector finds the people."
+    if predictor.calibration is None:
+        yield "scores are no probabilities: beside the model is no calibration.json of it, which an evaluation writes."
 
 
 def _header(options: argparse.Namespace, predictor: Predictor) -> dict[str, Any]:

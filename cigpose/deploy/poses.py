@@ -210,14 +210,15 @@ class Poses:
             import supervision
         except ModuleNotFoundError as err:
             raise MissingPackageError(
-                "to_supervision: supervision is not installed. Run `pip install supervision`."
+                "to_supervision: supervision is not installed. Run `pip install 'supervision>=0.29'`."
             ) from err
         if not len(self):
             return supervision.KeyPoints.empty()
         return supervision.KeyPoints(
             xy=self.keypoints.astype(np.float32),
-            confidence=self.scores.astype(np.float32),
             class_id=np.zeros(len(self), dtype=int),
+            keypoint_confidence=self.scores.astype(np.float32),
+            detection_confidence=self.person_scores.astype(np.float32),
         )
 
     def plot(self, image: np.ndarray | None = None, *, min_score: float = 0.3, boxes: bool = False) -> np.ndarray:

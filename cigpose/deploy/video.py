@@ -140,18 +140,20 @@ class _People:
         found = np.column_stack([np.round(found[:, :4], 2), np.round(found[:, 4:], 4)])  # as the records have them
         return Seen(found, self._tracker.update(found))
 
-    def predict(self, group: list[Frame], rate: float) -> None:
-        """Record the frames that are not yet."""
+    def predict(self, group: list[Frame], rate: float) -> list[Mapping[str, Any]]:
+        """The frames' records; those that are not recorded yet are."""
         fresh = [item for item in group if item[0] not in self.journal]
         found = self.predictor.predict_many([frame for _, frame, _ in fresh], [seen.boxes for *_, seen in fresh])
-        self.journal.append(
-            {
+        records = {
+            number: {
                 "frame": number,
                 "time_s": round(number / rate, 4),
                 **pose_record(dataclasses.replace(poses, track_ids=seen.ids)),
             }
             for (number, _, seen), poses in zip(fresh, found, strict=True)
-        )
+        }
+        self.journal.append(records.values())
+        return [records.get(number) or self.journal[number] for number, *_ in group]
 
 
 def _predict_frames(people: _People, source: Source, target: Path | None, painter: Painter, smooth: bool) -> _Facts:
@@ -172,21 +174,21 @@ def _predict_frames(people: _People, source: Source, target: Path | None, painte
                 ThreadPoolExecutor(1, thread_name_prefix="cigpose-draw") as pool,
             ):
 
-                def draw(group: list[Frame]) -> None:
-                    for number, frame, _ in group:
-                        show(painter.drawn(frame, shown(people.journal[number])))
+                def draw(group: list[Frame], records: list[Mapping[str, Any]]) -> None:
+                    for (_, frame, _), record in zip(group, records, strict=True):
+                        show(painter.drawn(frame, shown(record)))
 
                 drawing: Future[None] | None = None
                 frames = followed(enumerate(itertools.chain([first], decoded)), people.detect, people.every)
                 for group in _groups(frames, FRAMES_AT_ONCE):
                     try:
-                        people.predict(group, rate)
+                        records = people.predict(group, rate)
                     except ValueError as err:
                         raise ValueError(f"{utf8(source.path)}: frames from {group[0][0]}: {err}") from err
                     if drawing is not None:
                         drawing.result()
                     if target:
-                        drawing = pool.submit(draw, group)
+                        drawing = pool.submit(draw, group, records)
                     count += len(group)
                     bar.update(len(group))
                 if drawing is not None:

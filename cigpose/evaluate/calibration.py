@@ -16,6 +16,7 @@ N persons, K keypoints.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class Calibration:
                 rest[list(members)] = False
         result[..., rest] = np.interp(raw[..., rest], *self.tables[_ALL])
         return result
+
+    @property
+    def digest(self) -> str:
+        """Of its tables."""
+        return hashlib.sha256(json.dumps(dict(self.tables), sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> Path:
         """Write it as `calibration.json`, where a `Predictor` finds it beside the model."""

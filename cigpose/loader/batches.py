@@ -4,8 +4,9 @@
 once for all of its persons, and every crop is written straight to its place in a batch to come. Those unfinished
 batches are the shuffle buffer: about `shuffle_buffer` crops are held.
 
-Decoding runs in `config.train.loader.processes` processes (0: in the prefetch thread itself), with equal batches for
-any number. A thread keeps `prefetch_batches` finished batches ready, in pinned memory if there is a CUDA device.
+Decoding runs in `config.train.loader.processes` processes (`processes`; 0: in the prefetch thread itself), with equal
+batches for any number. A thread keeps `prefetch_batches` finished batches ready, in pinned memory if there is a CUDA
+device.
 """
 
 from __future__ import annotations
@@ -13,30 +14,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cigpose.config import Config, LoaderConfig
 from cigpose.files.cache import ShardCache
 from cigpose.files.errors import DataError
-from cigpose.loader.crops import CropMaker, Crops, WantedPicture
-from cigpose.loader.feed import Feed
+from cigpose.loader.crops import CropMaker, Crops
+from cigpose.loader.epochs import Epoch, Epochs
 from cigpose.loader.pixels import check_extra
-from cigpose.loader.plan import RankPlan, eval_plan, train_plan
+from cigpose.loader.plan import eval_plan, train_plan
+from cigpose.loader.processes import LoaderProcesses
 from cigpose.loader.samples import DETECTIONS, PERSONS
 from cigpose.loader.shards import ShardSet
 
 Batch = dict[str, Any]
-
-SLOTS_PER_ROUND = 16
-"""Persons due of each process before the next one's crops are taken: they come through pipes, process after process."""
+_REFERENCES = 3
+"""To an array in a list of which nobody else knows: the list's, the loop's, the counting's."""
 
 
 def train_loader(
@@ -64,9 +66,14 @@ def train_loader(
         ConfigError: a transform in `config.augmentation` that cannot be used, of whichever stage.
         ValueError: fewer persons than ranks x accumulation steps, or a start beyond the epoch.
     """
-    loader = config.train.loader
     check_extra(config)
-    sets = _open(config, config.data.train, root)
+    epoch_left = _train_epoch(config, _open(config, config.data.train, root), epoch, rank, world, start_batch)
+    return Loader(epoch_left, config.train.loader)
+
+
+def _train_epoch(
+    config: Config, sets: Mapping[str, ShardSet], epoch: int, rank: int, world: int, start_batch: int
+) -> Epoch:
     plan = train_plan(
         {dataset: shards.counts() for dataset, shards in sets.items()},
         seed=config.seed,
@@ -75,13 +82,12 @@ def train_loader(
         world=world,
         batch=config.train.batch_per_worker,
         accumulate=config.train.accumulate_steps,
-        streams=loader.open_shards,
-        buffer=loader.shuffle_buffer,
+        streams=config.train.loader.open_shards,
+        buffer=config.train.loader.shuffle_buffer,
     )
     if not 0 <= start_batch <= len(plan.batch_sizes):
         raise ValueError(f"start_batch is {start_batch}, but the epoch has {len(plan.batch_sizes)} batches.")
-
-    return Loader(sets, plan, CropMaker(config, epoch=epoch), loader, start_batch=start_batch)
+    return Epoch(sets, plan, CropMaker(config, epoch=epoch), start_batch)
 
 
 def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Path = Path("data/shards")) -> Loader:
@@ -124,7 +130,7 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
     # The model's own number was chosen for the machine that trained it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = dataclasses.replace(config.train.loader, processes=min(config.train.loader.processes, cores))
-    return Loader(sets, plan, CropMaker(config, epoch=None, boxes=boxes), options, what=what)
+    return Loader(Epoch(sets, plan, CropMaker(config, epoch=None, boxes=boxes), what=what), options)
 
 
 def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, ShardSet]:
@@ -140,103 +146,120 @@ def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, Shar
 
 
 class Loader:
-    """Batches of a plan. Each iteration gives the same ones again."""
+    """The batches of one epoch, or of the rest of one. Each iteration gives the same ones again."""
 
-    def __init__(
-        self,
-        sets: dict[str, ShardSet],
-        plan: RankPlan,
-        maker: CropMaker,
-        options: LoaderConfig,
-        *,
-        start_batch: int = 0,
-        what: str = PERSONS,
-    ) -> None:
-        self.plan = plan
-        self._sets = sets
-        self._maker = maker
-        self._options = options
-        self._start_batch = start_batch
-        self._starts = plan.batch_starts
-        self._feed = Feed(sets, plan, first_place=int(self._starts[start_batch]), what=what)
+    def __init__(self, epoch: Epoch, options: LoaderConfig) -> None:
+        self.epoch = epoch
+        self.options = options
 
     def __len__(self) -> int:
         """Batches an iteration gives."""
-        return len(self.plan.batch_sizes) - self._start_batch
+        return self.epoch.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches, in order; loader processes and thread end with the iteration."""
         if len(self) == 0:
             return iter(())
-        return _prefetched(self._batches(), self._options.prefetch_batches)
+        return _prefetched(_batches(Epochs(1, lambda _: self.epoch), self.options), self.options.prefetch_batches)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Put crops in their places; give each batch when it is full and its turn."""
-        filling: dict[int, Batch] = {}
-        missing = self.plan.batch_sizes.copy()
-        turn = self._start_batch
-        for crops in self._crops():
-            batches = np.searchsorted(self._starts, crops.places, side="right") - 1
+
+class TrainLoader:
+    """The batches of a training, epoch after epoch, as `train_loader` gives them one by one.
+
+    Loader processes are started once. At the end of an epoch they go on with the next, whose first batches are ready
+    when it is asked for.
+    """
+
+    def __init__(self, config: Config, *, rank: int, world: int, root: Path = Path("data/shards")) -> None:
+        """Open the shards; arguments and errors are those of `train_loader`."""
+        check_extra(config)
+        self._config = config
+        self._place = (rank, world)
+        self._sets = _open(config, config.data.train, root)
+        self._running: Generator[Batch, None, None] | None = None
+        self._coming: tuple[int, int] | None = None
+        """Epoch and batch that the running iteration gives next."""
+        self.num_batches = len(self._epoch(0).plan.batch_sizes)
+        """Of every epoch."""
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from one of them on, without a wait where they follow those given last."""
+        if self._coming != (epoch, start_batch):
+            self.close()
+        if start_batch >= self.num_batches:
+            return
+        if self._running is None:
+            left = max(self._config.train.epochs - epoch, 1)
+            epochs = Epochs(left, lambda number: self._epoch(epoch + number, 0 if number else start_batch))
+            options = self._config.train.loader
+            self._running = _prefetched(_batches(epochs, options), options.prefetch_batches)
+        self._coming = None
+        for _ in range(start_batch, self.num_batches):
+            yield next(self._running)
+        self._coming = (epoch + 1, 0)
+
+    def _epoch(self, epoch: int, start_batch: int = 0) -> Epoch:
+        return _train_epoch(self._config, self._sets, epoch, *self._place, start_batch)
+
+    def close(self) -> None:
+        """End processes and thread."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._coming = None
+
+
+def _batches(epochs: Epochs, options: LoaderConfig) -> Generator[Batch, None, None]:
+    """The batches of all epochs, made in processes or, with none, here."""
+    cv2.setNumThreads(0)  # processes are the parallelism; OpenCV's own threads would only get in their way
+    if not options.processes:
+        for number in range(epochs.num):
+            yield from _made_here(epochs.epoch(number))
+        return
+    buffers = _Buffers()
+    with closing(LoaderProcesses(epochs, options.processes)) as processes:
+        for rows, keys in processes.batches():
+            yield {**{name: buffers.copy(name, array) for name, array in rows.items()}, "keys": keys}
+
+
+def _made_here(epoch: Epoch) -> Iterator[Batch]:
+    """Put crops in their places; give each batch when it is full and its turn."""
+    starts, missing, turn = epoch.plan.batch_starts, epoch.plan.batch_sizes.copy(), epoch.start_batch
+    filling: dict[int, Batch] = {}
+    with closing(epoch.feed.pictures()) as pictures:
+        for picture in pictures:
+            crops = epoch.make(picture)
+            batches = np.searchsorted(starts, crops.places, side="right") - 1
             for i, (batch, place) in enumerate(zip(batches.tolist(), crops.places, strict=True)):
                 if batch not in filling:
-                    filling[batch] = _empty_batch(int(self.plan.batch_sizes[batch]), crops)
-                _put(filling[batch], place - int(self._starts[batch]), crops, i)
+                    filling[batch] = _empty_batch(int(epoch.plan.batch_sizes[batch]), crops)
+                _put(filling[batch], place - int(starts[batch]), crops, i)
                 missing[batch] -= 1
             while turn < len(missing) and missing[turn] == 0:
                 yield _to_tensors(filling.pop(turn))
                 turn += 1
-        assert turn == len(missing), f"batch {turn} of {len(missing)} lacks {missing[turn]} persons"
-
-    def _crops(self) -> Iterator[Crops]:
-        """The crops of all rounds, process after process."""
-        cv2.setNumThreads(0)  # processes are the parallelism; OpenCV's own threads would only get in their way
-        rounds: Iterable[list[Crops] | Exception] = _Rounds(self)
-        if self._options.processes:
-            rounds = DataLoader(
-                rounds,  # type: ignore[arg-type]
-                batch_size=None,
-                num_workers=self._options.processes,
-                worker_init_fn=_start_process,
-                collate_fn=_same,
-            )
-        for result in rounds:
-            if isinstance(result, Exception):
-                raise result
-            yield from result
-
-    def rounds(self, process: int, processes: int) -> Iterator[list[Crops]]:
-        """What one of some processes makes; every one makes as many rounds, so that none is far ahead of the others."""
-        length = SLOTS_PER_ROUND * processes
-        pictures, due = self._feed.pictures(process, processes), self._feed.first_slot
-        following = next(pictures, None)
-        while due < self.plan.num_persons:
-            due += length
-            now: list[Crops] = []
-            while following is not None and following.slots[0] < due:
-                now.append(self._make(following))
-                following = next(pictures, None)
-            yield now
-
-    def _make(self, picture: WantedPicture) -> Crops:
-        try:
-            return self._maker.make([picture])
-        except DataError:
-            self._sets[picture.dataset].confirm(picture.shard)  # a tar that is another one is named as such
-            raise
+    assert turn == len(missing), f"batch {turn} of {len(missing)} lacks {missing[turn]} persons"
 
 
-class _Rounds(IterableDataset[Any]):
-    """What a DataLoader iterates in each of its processes; an error is an item, so that it crosses as it is."""
+class _Buffers:
+    """Tensors that are copies, in memory that is used again: fresh memory would cost more than the copy."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self) -> None:
+        self._is_pinned = torch.cuda.is_available()
+        self._arrays: dict[str, list[np.ndarray]] = {}
 
-    def __iter__(self) -> Iterator[list[Crops] | Exception]:
-        here = get_worker_info()
-        try:
-            yield from self._loader.rounds(here.id, here.num_workers) if here else self._loader.rounds(0, 1)
-        except (DataError, OSError) as err:
-            yield err
+    def copy(self, name: str, rows: np.ndarray) -> torch.Tensor:
+        """A tensor of its own, pinned if there is a CUDA device: torch keeps such memory until its use there ends."""
+        shared = torch.from_numpy(rows)
+        if self._is_pinned:
+            return torch.empty_like(shared, pin_memory=True).copy_(shared)
+        arrays = self._arrays.setdefault(name, [])
+        # As long as a tensor of an earlier batch lives, its array is held by more than the list and this loop.
+        free = (a for a in arrays if len(a) >= len(rows) and sys.getrefcount(a) <= _REFERENCES)
+        array = next(free, None)
+        if array is None:
+            array = np.empty_like(rows)
+            arrays.append(array)
+        return torch.from_numpy(array[: len(rows)]).copy_(shared)
 
 
 def _empty_batch(size: int, crops: Crops) -> Batch:
@@ -264,16 +287,7 @@ def _to_tensors(batch: Batch) -> Batch:
     return tensors
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _start_process(_: int) -> None:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-def _prefetched(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def _prefetched(source: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
     """The items of `source`, made by a thread up to `depth` ahead. Its errors are raised here."""
     ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(max(depth, 1))
     stop = threading.Event()
@@ -296,7 +310,7 @@ def _prefetched(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
         except BaseException as err:
             put(None, err)
         finally:
-            source.close()  # type: ignore[attr-defined]
+            source.close()
 
     thread = threading.Thread(target=work, name="cigpose-loader", daemon=True)
     thread.start()

@@ -106,6 +106,21 @@ class CropMaker:
             stages = config.augmentation
             self.stage = stages.stage1 if epoch < stages.stage2_from_epoch else stages.stage2
 
+    def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Name -> (dtype, shape of one person) of what crops have."""
+        width, height = self.input_size
+        num = len(self.keypoint_set)
+        found: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "crops": (np.uint8, (height, width, 3)),
+            "keypoints": (np.float32, (num, 2)),
+            "visible": (np.float32, (num,)),
+        }
+        if self.stage is None:
+            found |= {name: (np.float32, (2,)) for name in ("center", "scale")}
+            found |= {name: (np.int64, ()) for name in ("number", "image_id", "person_id")}
+            found |= {"bbox_xyxy": (np.float32, (4,)), "box_score": (np.float32, ())}
+        return found
+
     def make(self, pictures: list[WantedPicture]) -> Crops:
         """The crops of some pictures.
 

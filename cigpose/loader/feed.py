@@ -45,7 +45,7 @@ class Feed:
         self.first_slot = max(first_place - plan.places.reach, 0)
         """All slots before have places before `first_place`."""
 
-    def pictures(self, process: int = 0, processes: int = 1) -> Iterator[WantedPicture]:
+    def pictures(self, process: int = 0, processes: int = 1) -> Generator[WantedPicture, None, None]:
         """The pictures that one of some processes has to decode, in the order of their first slots.
 
         Raises:

@@ -10,10 +10,11 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 from cigpose.config import Config
-from cigpose.loader.batches import train_loader
+from cigpose.loader.batches import TrainLoader
 from cigpose.model.weights import save_weights
 from cigpose.train import workers
 from cigpose.train.build import build_state
@@ -43,7 +44,9 @@ def train(config: Config, place: Place, listener: Listener) -> Record:
         NonFiniteLossError: the loss became NaN or infinite.
         CheckpointError: the params differ from the checkpoint's, or one cannot be written.
     """
-    return _Training(config, place, listener).run()
+    training = _Training(config, place, listener)
+    with closing(training.loader):
+        return training.run()
 
 
 class _Training:
@@ -60,7 +63,8 @@ class _Training:
             pretrained=place.params.get("pretrained.sha256"),
         )
         self.resumed = self._restore()
-        self.steps_per_epoch = len(self._loader(0, 0)) // config.train.accumulate_steps
+        self.loader = TrainLoader(config, rank=place.rank, world=place.world, root=place.shards)
+        self.steps_per_epoch = self.loader.num_batches // config.train.accumulate_steps
         self.rates = learning_rates(
             config.train.resolved_learning_rate, config.train.schedule, self.steps_per_epoch, config.train.epochs
         )
@@ -100,19 +104,11 @@ class _Training:
             self._tell_written()
         return {"best": state.best, "weights": state.weights, "step": state.step, "history": state.history}
 
-    def _loader(self, epoch: int, start_batch: int) -> Any:
-        rank, world = self.place.rank, self.place.world
-        return train_loader(
-            self.config, epoch=epoch, rank=rank, world=world, start_batch=start_batch, root=self.place.shards
-        )
-
     def _run_epoch(self) -> None:
         state, train = self.state, self.config.train
         meter = Meter(self.place.device)
-        loader = self._loader(
-            state.epoch, first_batch(state.step_in_epoch, self.steps_per_epoch, train.accumulate_steps)
-        )
-        for batches in self._steps(loader, meter):
+        start = first_batch(state.step_in_epoch, self.steps_per_epoch, train.accumulate_steps)
+        for batches in self._steps(self.loader.batches(state.epoch, start), meter):
             if self.is_first and meter.is_fresh:
                 self._show_crops(batches[0])
             rate = self.rates[self._position]
@@ -126,9 +122,9 @@ class _Training:
             if self._is_checkpoint_due() and not is_last:
                 self._save_checkpoint()
 
-    def _steps(self, loader: Any, meter: Meter) -> Iterator[Sequence[Batch]]:
+    def _steps(self, batches: Iterator[Batch], meter: Meter) -> Iterator[Sequence[Batch]]:
         """The micro-batches of each optimiser step, on the device; the next ones are on their way meanwhile."""
-        batches, copier = iter(loader), Copier(self.place.device)
+        copier = Copier(self.place.device)
 
         def begin() -> list[Copying]:
             with meter.waiting():

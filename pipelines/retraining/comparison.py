@@ -72,7 +72,7 @@ def _fetch_predictions(config: Config, root: Path, version: int, place: Path) ->
 
 
 def _paired(config: Config, folder: Path, theirs: Path) -> list[Any]:
-    from cigpose.evaluate.checkpoint import dataset_truth, open_shards  # late: torch and pycocotools
+    from cigpose.evaluate.labels import dataset_truth, open_shards  # late: torch and pycocotools
     from cigpose.evaluate.paired import compare_paired
     from cigpose.evaluate.predictions import Predictions
 

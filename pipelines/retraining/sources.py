@@ -29,7 +29,7 @@ from cigpose.files.addresses import host_of, without_credentials
 from cigpose.files.atomic import write_json
 from cigpose.shard.index import read_index
 from pipelines.paths import RAW, RUNS, SHARDS
-from pipelines.retraining.workspace import Workspace, changes_by_stage
+from pipelines.retraining.workspace import Workspace, changes_by_stage, locked_outputs
 
 SEEN = RUNS / "sources.json"
 Told = dict[str, str | None]
@@ -64,6 +64,9 @@ def look_at_sources(workspace: Workspace, table: Mapping[str, SourceFile] = TABL
         WorkspaceError: DVC cannot read the project.
     """
     config, news = load_params(workspace.folder / "params.yaml"), News()
+    if not locked_outputs(workspace.folder):
+        news.remarks.append("nothing has been made yet, and the first run is somebody's to start")
+        return news
     for stage, reasons in changes_by_stage(workspace.folder).items():
         if stage.partition("@")[0] in data_stages(workspace.folder):
             news.reasons += [f"{stage}: {reason}" for reason in reasons]

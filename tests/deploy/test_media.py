@@ -325,7 +325,9 @@ def test_a_killed_process_loses_no_picture_that_was_done(
 # --- what may be asked for ---
 
 
-def test_the_header_is_a_coco_file_that_takes_the_results(predict: Predict, album: Path, tmp_path: Path) -> None:
+def test_the_header_is_a_coco_file_that_takes_the_results(
+    predict: Predict, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert predict(album, "--out", "out", "--no-drawings", "--whole-image") == 0
     header = tmp_path / "out" / "cigpose-predict.json"
     with contextlib.redirect_stdout(io.StringIO()):
@@ -333,6 +335,10 @@ def test_the_header_is_a_coco_file_that_takes_the_results(predict: Predict, albu
     assert len(loaded.anns) == 2 and loaded.cats[1]["keypoints"][9] == "left_wrist"
     model = json.loads(header.read_text())["model"]
     assert model["name"] == "quickstart" and model["scores"] == "raw SimCC scores cut off at 0 and 1"
+    notes = capsys.readouterr().err
+    assert "scores are no probabilities" in notes and "--detector" not in notes
+    assert predict(album, "--out", "again", "--no-drawings") == 0
+    assert "each whole picture was taken for one person's box; --detector finds" in capsys.readouterr().err
 
 
 def test_patterns_and_names_from_standard_input_are_sources(

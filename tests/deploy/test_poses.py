@@ -20,6 +20,7 @@ from PIL import Image as Pillow
 
 import cigpose
 from cigpose.config import Config
+from cigpose.deploy.models import preset_of
 from cigpose.deploy.predictor import Poses, Predictor, read_image
 from cigpose.evaluate.calibration import Calibration
 from cigpose.files.digest import sha256_of
@@ -188,7 +189,8 @@ def test_poses_as_supervisions_keypoints(poses: Poses, monkeypatch: pytest.Monke
     stand_in.KeyPoints = lambda **columns: taken.update(columns)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "supervision", stand_in)
     poses.to_supervision()
-    assert taken["xy"].shape == (2, 133, 2) and taken["confidence"].shape == (2, 133) and len(taken["class_id"]) == 2
+    assert taken["xy"].shape == (2, 133, 2) and taken["keypoint_confidence"].shape == (2, 133)
+    assert len(taken["detection_confidence"]) == len(taken["class_id"]) == 2
 
 
 def test_poses_are_drawn_and_saved_but_over_nothing(poses: Poses, picture: np.ndarray, tmp_path: Path) -> None:
@@ -207,6 +209,11 @@ def test_poses_are_drawn_and_saved_but_over_nothing(poses: Poses, picture: np.nd
 
 
 # --- where models are ---
+
+
+def test_an_official_file_says_by_its_name_what_it_is() -> None:
+    assert preset_of(Path("weights/cigpose-m_coco_256x192.pth")) == "cigpose-m_coco_256x192"
+    assert preset_of(Path("cigpose-m_coco_256x192.onnx")) is None and preset_of(Path("best.pth")) is None
 
 
 def test_a_folder_with_a_model_is_a_model(checkpoint: Path, picture: np.ndarray, tmp_path: Path) -> None:

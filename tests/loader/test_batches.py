@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -193,16 +192,16 @@ def test_any_number_of_processes_makes_the_same_crops_each_person_in_one_of_them
     tiny_shards.write("a", [9, 8, 3])
     tiny_shards.write("b", [5], seed=1)
     config = tiny_shards.config("a", "b", workers=2, loader={"open_shards": 4})
-    loader = train_loader(config, epoch=0, rank=1, world=2, start_batch=start, root=tiny_shards.root)
+    epoch = train_loader(config, epoch=0, rank=1, world=2, start_batch=start, root=tiny_shards.root).epoch
     (whole, shares), *others = (
         (
             {place: crop.tobytes() for crops in shares for made in crops for place, crop in paired(made)},
             [sum(len(made.places) for made in crops) for crops in shares],
         )
         for processes in (1, 2, 3, 4, 5, 11)
-        for shares in [[list(itertools.chain(*loader.rounds(p, processes))) for p in range(processes)]]
+        for shares in [[list(map(epoch.make, epoch.feed.pictures(p, processes))) for p in range(processes)]]
     )
-    assert sorted(whole) == list(range(4 * start, loader.plan.num_persons)) and shares == [len(whole)]
+    assert sorted(whole) == list(range(4 * start, epoch.plan.num_persons)) and shares == [len(whole)]
     for made, shares in others:
         assert made == whole and sum(shares) == len(whole)
         assert max(shares) - min(shares) <= 9
@@ -657,4 +656,4 @@ def test_an_evaluation_starts_no_more_loader_processes_than_there_are_cores(
     for asked, started in ((10, 2), (1, 1), (0, 0)):
         loader = dataclasses.replace(config.train.loader, processes=asked)
         changed = dataclasses.replace(config, train=dataclasses.replace(config.train, loader=loader))
-        assert eval_loader(changed, "a", rank=0, world=1, root=tiny_shards.root)._options.processes == started
+        assert eval_loader(changed, "a", rank=0, world=1, root=tiny_shards.root).options.processes == started

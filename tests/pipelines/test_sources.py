@@ -160,6 +160,11 @@ def test_a_folder_of_the_users_own_is_new_data_when_it_changes_and_a_changed_tra
     (toy / "data/raw/mine/annotations.json").write_text("{}")
     assert sources.data_stages(toy) == {"render", "download", "shard"}
     workspace = make_workspace(toy)
+    first = sources.look_at_sources(workspace)
+    assert (
+        first.sentence()
+        == "No shard would change: nothing has been made yet, and the first run is somebody's to start."
+    )
     dvc(workspace.folder, "repro", "--quiet")
 
     (toy / "data/raw/mine/annotations.json").write_text('{"annotations": []}')
