@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shlex
@@ -257,17 +256,3 @@ def test_mlflow_on_postgres_with_files_on_s3_registers_two_versions_at_once(
         kept = {entry["Key"] for entry in s3.list_objects_v2(Bucket="mlflow")["Contents"]}
         assert {f"{experiment}/{run}/artifacts/model/weights.txt" for run in found.values()} <= kept
     assert sorted(postgres.run("mlflow", "SELECT version FROM model_versions").split()) == ["1", "2"]
-
-
-@pytest.mark.slow
-def test_prefect_on_postgres_keeps_its_flows_there_and_asks_for_its_password(postgres: Any, tmp_path: Path) -> None:
-    database = postgres.make_database("prefect").replace("postgresql://", "postgresql+asyncpg://")
-    replaced = {
-        r"postgresql\+asyncpg://.*/prefect": database,
-        r"\$\{PREFECT_AUTH_STRING:\?set it in \.env\}": "of:the-tests",
-    }
-    with served("prefect", "/api/health", replaced, tmp_path / "prefect.log") as address:
-        post = functools.partial(requests.post, f"{address}/api/flows/", json={"name": "retrain"}, timeout=30)
-        assert post().status_code == 401
-        assert post(auth=("of", "the-tests")).status_code == 201
-    assert postgres.run("prefect", "SELECT name FROM flow") == "retrain"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -146,28 +144,3 @@ def test_a_node_with_nothing_but_addresses_trains(tmp_path: Path, s3: Any) -> No
         DataError, match=r"s3://people/first\.pth: sha256 is .*, the weights that `dvc repro pretrained`"
     ):
         train(config, place, Recorder())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "CIGPOSE_TEST_CLUSTER" not in os.environ, reason="starts a Ray cluster of two nodes; set CIGPOSE_TEST_CLUSTER=1"
-)
-def test_a_node_that_joins_a_real_cluster_late_is_waited_for_and_gets_the_variables(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        monkeypatch.setenv("RAY_ADDRESS", made.address)
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        monkeypatch.setattr(cluster, "LOOKS_EVERY_S", 0.5)
-        threading.Timer(3, made.add_node, kwargs={"num_cpus": 8}).start()
-        wanted = config_of(use_gpu=False)
-        with cluster.joined(wanted):
-            assert cluster.find_resources(wanted) is False
-            assert "waiting for nodes of the cluster" in capsys.readouterr().out
-            seen = ray.remote(num_cpus=4)(lambda: os.environ.get("GLOO_SOCKET_IFNAME")).remote()
-            assert ray.get(seen, timeout=120) == "lo"
-    finally:
-        made.shutdown()
