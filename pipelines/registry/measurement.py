@@ -23,7 +23,7 @@ from cigpose.files.atomic import write_json
 from pipelines.lineage import dataset_facts, digest_of
 
 MEASUREMENT, MATCHES = "measurement.json", "matches.npz"
-EVALUATION_TAG = "evaluation"
+EVALUATION_TAG = "values.evaluation"
 """Of a version: its `Measurement` as JSON, in one tag, so that figures and protocol change together."""
 DECIMALS = 6
 

@@ -11,7 +11,6 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from cigpose.config import load_params
 from pipelines.paths import METRICS, REGISTERED
-from pipelines.registry.outcome import link
 from pipelines.retraining.overrides import Changes
 from pipelines.retraining.workspace import Workspace
 
@@ -21,6 +20,8 @@ def publish(workspace: Workspace, experiment: str, changes: Changes) -> str:
 
     Returns: one line about the registered model.
     """
+    from pipelines.registry.outcome import link  # MLflow and torch: not while the flow starts
+
     metrics, registered = _read(workspace.folder / METRICS), _read(workspace.folder / REGISTERED)
     table = metric_rows(metrics)
     if table:
