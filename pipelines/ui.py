@@ -233,8 +233,8 @@ def serve_pages(root: Path) -> None:
             note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
             if mlflow_address != address:
                 mlflow_note.write_text(f"{mlflow_address}\n", encoding="utf-8")
-            mlflow_address = landing_page(config, address) or mlflow_address
-            print(without_credentials(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}"), flush=True)
+            page = landing_page(config, address) or without_credentials(mlflow_address)
+            print(f"Prefect  {without_credentials(prefect_address)}\nMLflow   {page}", flush=True)
             for server in servers:
                 if token := server.env.get("PREFECT_SERVER_API_AUTH_STRING"):
                     print(f"Prefect's page asks once for a password: {token}", flush=True)
