@@ -32,6 +32,7 @@ from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.retraining.turn import clear_if_killed
 from pipelines.tracking.address import artifact_folder, connect, experiment_url, tracking_address
+from pipelines.tracking.sync import EXPERIMENT_TAGS
 
 START_TIMEOUT_S = 240.0
 HOST = "127.0.0.1"
@@ -234,7 +235,10 @@ def watch(
 def landing_page(config: Config, address: str) -> str | None:
     """The runs of the project's experiment; None before there is one. MLflow's own start page is about chatbots."""
     with contextlib.suppress(OSError, MlflowException):  # a server elsewhere that is down now
-        if found := connect(address).get_experiment_by_name(config.registry.experiment):
+        client = connect(address)
+        if found := client.get_experiment_by_name(config.registry.experiment):
+            for name in EXPERIMENT_TAGS.keys() - found.tags.keys():  # one of before
+                client.set_experiment_tag(found.experiment_id, name, EXPERIMENT_TAGS[name])
             return experiment_url(address, found.experiment_id)
     return None
 

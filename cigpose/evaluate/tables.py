@@ -9,13 +9,16 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cigpose.evaluate.checkpoint import Evaluation
 from cigpose.evaluate.coco import run_parts, score_persons
 from cigpose.evaluate.matches import Matches, resampled_images
 from cigpose.files.atomic import written_file
+
+if TYPE_CHECKING:  # torch
+    from cigpose.evaluate.checkpoint import Evaluation
 
 SAMPLES = 500
 """Of the bootstrap."""

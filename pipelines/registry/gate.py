@@ -145,14 +145,14 @@ class Decision:
             "rules": self.rules.to_json(),
             "changes": [change.to_json() for change in self.changes],
         }
-        return {"decision": self.verdict, "decision.text": self.text, "decision.numbers": json.dumps(numbers)}
+        return {"decision": self.verdict, "decision.text": self.text, "values.decision": json.dumps(numbers)}
 
     @classmethod
     def from_tags(cls, tags: Mapping[str, str]) -> Decision | None:
         """The decision that a version keeps; None if it keeps none."""
-        if "decision.numbers" not in tags:
+        if "values.decision" not in tags:
             return None
-        numbers = json.loads(tags["decision.numbers"])
+        numbers = json.loads(tags["values.decision"])
         rules, value = numbers.get("rules"), numbers.get("value")
         return cls(
             verdict=tags["decision"],  # type: ignore[arg-type]

@@ -13,17 +13,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cigpose.config import Config
-from cigpose.evaluate.checkpoint import Evaluation
 from cigpose.evaluate.report import nested
 from cigpose.evaluate.tables import MatchTables
 from cigpose.files.atomic import write_json
 from pipelines.lineage import dataset_facts, digest_of
 
+if TYPE_CHECKING:  # torch
+    from cigpose.evaluate.checkpoint import Evaluation
+
 MEASUREMENT, MATCHES = "measurement.json", "matches.npz"
-EVALUATION_TAG = "evaluation"
+EVALUATION_TAG = "values.evaluation"
 """Of a version: its `Measurement` as JSON, in one tag, so that figures and protocol change together."""
 DECIMALS = 6
 

@@ -58,7 +58,7 @@ def roll_back(registry: Registry, to: ModelVersion | None) -> tuple[int, str]:
         raise RegistryError(
             f"version {reigning.version} is the first champion of {registry.model}. `--to VERSION` names another."
         )
-    target = registry.get(str(number))
+    registry.get(str(number))  # is it there?
     said = f"version {number} is champion again; version {reigning.version} was rolled back."
-    registry.promote(number, said, before=registry.before(target))
+    registry.promote(number, said, is_return=True)
     return number, said

@@ -38,7 +38,8 @@ def measure_again(
     """
     assert version.run_id is not None  # we made it
     with tempfile.TemporaryDirectory() as place:
-        weights = mlflow.artifacts.download_artifacts(f"{version.source}/artifacts/model.safetensors", dst_path=place)
+        package = Path(mlflow.artifacts.download_artifacts(str(version.source), dst_path=place))
+        weights = package / "artifacts/model.safetensors"
         evaluation = evaluate_checkpoint(weights, config, shards_root=shards, device=device)
         assert evaluation is not None  # one process: this is rank 0
         measured = write_measurement(evaluation, evaluation.metrics, Path(place), shards)

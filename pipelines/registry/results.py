@@ -118,7 +118,7 @@ def log_figures(client: MlflowClient, run_id: str, evaluation: Measurement, mode
     for metric in sorted(client.get_logged_model(model_id).metrics or (), key=lambda metric: metric.timestamp):
         known[metric.key] = metric
     shown = {
-        f"{EVALUATION}/{name}": value
+        f"version/{name.replace('/', '_')}": value  # the last section of charts in the UI
         for name, value in evaluation.metrics.items()
         if name.rpartition("/")[2] in SHOWN and math.isfinite(value)
     }

@@ -79,7 +79,7 @@ class Registry:
                 return self._client.get_model_version(self.model, name)
         elif (found := self.by_alias(name)) is not None:
             return found
-        known = ", ".join(version.version for version in self.all()[:8]) or "none"
+        known = ", ".join(str(version.version) for version in self.all()[:8]) or "none"
         raise RegistryError(f"{self.model} has no version {name}. The newest: {known}; aliases: champion, challenger.")
 
     def add(self, model_id: str, run_id: str, tags: Mapping[str, str], description: str) -> int:
@@ -165,13 +165,13 @@ class Registry:
             return MatchTables.load(Path(self._client.download_artifacts(run_id, evaluation.matches, folder)))
         return None
 
-    def promote(self, version: int, why: str, before: int | None = None) -> ModelVersion | None:
+    def promote(self, version: int, why: str, *, is_return: bool = False) -> ModelVersion | None:
         """Make a version champion by somebody's wish; the one before is not promoted again by itself.
 
         Args:
             version: its number.
             why: what is recorded.
-            before: the version that a rollback from it leads to; None: the champion until now.
+            is_return: it was champion before, and what was champion before it is kept as that.
 
         Returns: the champion before.
         """
@@ -182,8 +182,9 @@ class Registry:
             if reigning and int(reigning.version) == version:
                 return reigning
             deposed = int(reigning.version) if reigning else None
-            numbers = {"champion_version": before or deposed, "deposed": deposed}
-            tags = {"decision": "by_hand", "decision.text": why, "decision.numbers": json.dumps(numbers)}
+            before = self.before(self.get(str(version))) if is_return else deposed
+            numbers = {"champion_version": before, "deposed": deposed}
+            tags = {"decision": "by_hand", "decision.text": why, "values.decision": json.dumps(numbers)}
             mine.keep()
             self.tag(version, {UNFINISHED_TAG: json.dumps(tags)})
             self._carry_out(version, tags)
@@ -191,14 +192,14 @@ class Registry:
 
     def before(self, champion: ModelVersion) -> int | None:
         """The version that was champion before this one; None where none is known."""
-        number = json.loads(champion.tags.get("decision.numbers") or "{}").get("champion_version")
+        number = json.loads(champion.tags.get("values.decision") or "{}").get("champion_version")
         return int(number) if number else None
 
     def _carry_out(self, version: int, tags: Mapping[str, str]) -> None:
         """Record a decision and move the alias; each step may be done again."""
         self.tag(version, tags)
         if tags["decision"] == "by_hand":
-            before = json.loads(tags["decision.numbers"])["deposed"]
+            before = json.loads(tags["values.decision"])["deposed"]
             self._note_move(str(before) if before else None, str(version))
         if tags["decision"] in PROMOTING:
             self._client.set_registered_model_tag(self.model, PROMOTED_TAG, str(version))
@@ -220,7 +221,7 @@ class Registry:
                 continue
             tags, reigning = json.loads(found.tags[UNFINISHED_TAG]), self.by_alias(CHAMPION)
             number = int(reigning.version) if reigning else None
-            numbers = json.loads(tags["decision.numbers"])
+            numbers = json.loads(tags["values.decision"])
             before = numbers.get("deposed", numbers["champion_version"])
             if tags["decision"] not in PROMOTING or number in (before, int(found.version)):
                 self._carry_out(int(found.version), tags)

@@ -16,6 +16,8 @@ from pipelines.access import read_pages
 from pipelines.lineage import project_root
 from pipelines.tracking.database import artifacts_beside, database_path, prepared
 
+VIEW = "cigpose"
+"""Key of the view that an experiment keeps for its list of runs."""
 KNOCK_S = 4.0
 """Seconds that a server may take to take a connection, and again to answer."""
 
@@ -88,8 +90,8 @@ def run_url(address: str, experiment_id: str, run_id: str) -> str:
 
 
 def experiment_url(address: str, experiment_id: str) -> str:
-    """The page of an experiment: its runs."""
-    return f"{_experiment_page(address, experiment_id)}?workflowType=machine_learning"
+    """The page of an experiment: its runs, with the columns of the view that is kept with it."""
+    return f"{_experiment_page(address, experiment_id)}?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
 def _experiment_page(address: str, experiment_id: str) -> str:

@@ -10,6 +10,7 @@ a delivery was cut off. What MLflow does not tell is in sync.json:
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,18 +27,25 @@ from mlflow.exceptions import MlflowException
 from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import ClaimedError, claimed, write_json, written_folder
-from pipelines.tracking.address import artifact_folder
+from pipelines.tracking.address import VIEW, artifact_folder
 from pipelines.tracking.run import LOCAL, PARAMS, Run, flatten, read_facts, read_records
 
 log = logging.getLogger(__name__)
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"}
 """Answers that will be the same next time: what was refused is given up, and said so."""
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Which of its sides the MLflow UI shows."""
+COLUMNS = ["version/whole_AP", "version/body_AP", "version/left_hand_AP", "version/right_hand_AP", "train/loss"]
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(
+        {"selectedColumns": ["attributes.`Created`", *(f"metrics.`{name}`" for name in COLUMNS)]}
+    ),
+}
+"""Which of its sides the MLflow UI shows, and its list of runs with figures (`address.experiment_url`)."""
 LOCAL_ID_TAG = "cigpose.local_id"
-PREFIXES = {"log": "train", "validation": "val"}
-"""Kind of record -> first part of its metrics' names, where that is not the kind."""
+PREFIXES = {"log": "train", "validation": "val", "best": "val_best"}
+"""Kind of record -> first part of its metrics' names, where that is not the kind: a section of charts in the UI, which
+puts them in the order of the alphabet. The figures of the registered version come last, as `version/<part>_AP`."""
 LARGEST_METRICS, LARGEST_PARAMS = 1000, 100
 """What MLflow takes in one request."""
 
@@ -164,9 +172,10 @@ def _pending(path: Path, last_steps: Mapping[str, int]) -> list[Metric]:
     for record in read_records(path):
         prefix = PREFIXES.get(record["kind"], record["kind"])
         metrics = [
-            Metric(f"{prefix}/{name}", float(value), record["time"], record["step"])
+            Metric(metric, float(value), record["time"], record["step"])
             for name, value in record.items()
-            if name not in ("kind", "step", "time") and last_steps.get(f"{prefix}/{name}", -1) < record["step"]
+            if name not in ("kind", "step", "time")
+            and last_steps.get(metric := f"{prefix}/{name.replace('/', '_')}", -1) < record["step"]
         ]
         if not metrics:
             break

@@ -58,7 +58,7 @@ def test_a_better_model_loses_if_it_loses_a_hand(hand, width, paired, verdict, h
     if verdict == "loses":
         assert "loses too much of left_hand: AP" in decision.text and "against 0.4000" in decision.text
     kept = Decision.from_tags(decision.tags())
-    assert kept == decision
+    assert kept is not None and kept.tags() == decision.tags()
 
 
 def test_a_part_without_a_limit_may_be_lost() -> None:

@@ -138,7 +138,7 @@ def test_a_sequence_of_models(project: Path, trained, config: Config, client: Ml
     worse = register.register(config, project)
     assert (worse["version"], worse["alias"], worse["decision"]) == (3, "challenger", "not_better")
     tags = client.get_model_version(MODEL, "3").tags
-    numbers = json.loads(tags["decision.numbers"])
+    numbers = json.loads(tags["values.decision"])
     assert (tags["decision"], numbers["value"], numbers["champion_value"]) == ("not_better", 0.55, 0.6)
     assert aliases(client) == {"champion": 2, "challenger": 3}
 
@@ -195,7 +195,7 @@ def test_a_registered_model_is_complete(
     assert any(line.startswith("torch==2.") for line in (folder / "requirements.txt").read_text().splitlines())
 
     run = client.get_run(run_id)
-    assert run.data.metrics["evaluation/whole/AP"] == 0.61
+    assert run.data.metrics["version/whole_AP"] == 0.61
     assert [output.model_id for output in run.outputs.model_outputs] == [version.source.removeprefix("models:/")]
     assert run.info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run_id, "evaluation/pictures")] == [

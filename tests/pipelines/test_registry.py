@@ -100,7 +100,7 @@ def run_races(raced: Raced, addresses: tuple[str, str], rounds: int, start: floa
         assert raced.aliases()["champion"] == better
         assert raced.tags(better)["decision"] in ("first", "better")
         # Where both were champion, the better one came second and knew of the other.
-        follows = json.loads(raced.tags(better)["decision.numbers"])["champion_version"]
+        follows = json.loads(raced.tags(better)["values.decision"])["champion_version"]
         assert raced.tags(worse)["decision"] == "not_better" or follows == worse
         assert raced.queue() == []
 

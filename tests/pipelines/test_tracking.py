@@ -65,7 +65,7 @@ def test_a_run_has_parameters_tags_metrics_and_files(folder: Path, config: Confi
     assert found.data.tags["cigpose.preset"] == "quickstart"
     assert found.data.tags["cigpose.kind"] == "train"
     assert losses(client, run.run_id) == [(20, 0.05), (40, 0.025)]
-    assert (found.data.metrics["val/whole/AP"], found.data.metrics["val/epoch"]) == (0.5, 0)
+    assert (found.data.metrics["val/whole_AP"], found.data.metrics["val/epoch"]) == (0.5, 0)
     root = Path(found.info.artifact_uri.removeprefix("file://"))
     assert (root / "validation/page.txt").read_text() == "drawn"
     assert "learning_rate: 0.0012" in (root / "params.yaml").read_text()
