@@ -16,7 +16,7 @@ from cigpose.config.experiment import (
     public_params,
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
-from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig
+from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig, RobustnessConfig
 from cigpose.config.schema import ConfigError
 from cigpose.config.training import (
     AugmentationConfig,
@@ -56,6 +56,7 @@ __all__ = [
     "PublishedConfig",
     "RegistryConfig",
     "RenderConfig",
+    "RobustnessConfig",
     "ScheduleConfig",
     "ShardingConfig",
     "SimCCConfig",

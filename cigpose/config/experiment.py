@@ -12,7 +12,13 @@ from typing import Any
 from cigpose.config.data import DataConfig
 from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
-from cigpose.config.outcome import EvaluateConfig, PublishedConfig, RegistryConfig, refuse_unknown_metric
+from cigpose.config.outcome import (
+    EvaluateConfig,
+    PublishedConfig,
+    RegistryConfig,
+    RobustnessConfig,
+    refuse_unknown_metric,
+)
 from cigpose.config.schema import (
     HOW,
     LARGEST,
@@ -43,14 +49,15 @@ class Config:
     name: str = field(metadata=affects("train"))
     """`<model>_<data>_<H>x<W>`."""
     seed: int = field(metadata=affects("train"))
-    keypoints: str | dict[str, Any] = field(metadata=affects("shard", "train", "evaluate"))
+    keypoints: str | dict[str, Any] = field(metadata=affects("shard", "train", "robustness", "evaluate"))
     """A known set, or a table of one's own (`KeypointSet.from_mapping`)."""
     data: DataConfig
     model: ModelConfig = field(metadata=affects("train"))
     augmentation: AugmentationConfig = field(metadata=affects("train"))
     train: TrainConfig = field(metadata=affects("train"))
-    evaluate: EvaluateConfig = field(metadata=affects("evaluate", "register"))
+    evaluate: EvaluateConfig = field(metadata=affects("robustness", "evaluate", "register"))
     registry: RegistryConfig = field(metadata=affects("register"))
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig, metadata=affects("robustness"))
     published: PublishedConfig | None = field(default=None, metadata=HOW)
 
     def __post_init__(self) -> None:
@@ -63,6 +70,11 @@ class Config:
             raise ConfigError(str(err)) from err
         except (TypeError, AttributeError) as err:
             raise ConfigError(f"keypoints: not a table of keypoints ({err}). See `KeypointSet.from_mapping`.") from err
+        if (paired := self.robustness.reversed_context) is not None and paired not in {
+            **self.data.datasets,
+            **self.data.locations,
+        }:
+            raise ConfigError(f"robustness.reversed_context: {paired!r} is not among data.datasets and data.locations.")
         self.refuse_unknown_metrics(crowding=True)  # whether the labels tell crowds is known later
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self.model.causal, name)

@@ -86,7 +86,9 @@ def train_loader(
     return Loader(sets, plan, CropMaker(config, epoch=epoch), loader, start_batch=start_batch, order=order)
 
 
-def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Path = Path("data/shards")) -> Loader:
+def eval_loader(
+    config: Config, dataset: str, *, rank: int, world: int, root: Path = Path("data/shards"), shift: float = 0.0
+) -> Loader:
     """Evaluation batches of one rank: its share of the persons (or detections), in the order of the shards.
 
     Over all ranks every one comes exactly once; shares differ by one at most and may be empty, so the loop over batches
@@ -98,6 +100,7 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
         rank: this worker.
         world: number of workers.
         root: as for `train_loader`.
+        shift: cut the crops out so far from where they belong, as a share of the box, each person in its own direction.
 
     Returns: batches as those of `train_loader`, without augmentation, and with `center`, `scale` (B, 2) float32 of the
         crop in image pixels after padding and aspect fix, `image_id`, `person_id` (B,) int64 (the annotation's id; of a
@@ -120,7 +123,7 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
     # The model's own number was chosen for the machine that trained it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = dataclasses.replace(config.train.loader, processes=min(config.train.loader.processes, cores))
-    return Loader(sets, plan, CropMaker(config, epoch=None, boxes=boxes), options)
+    return Loader(sets, plan, CropMaker(config, epoch=None, boxes=boxes, shift=shift), options)
 
 
 def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, ShardSet]:
