@@ -172,6 +172,7 @@ def test_robustness_of_unknown_corruptions_is_refused(values: dict[str, Any], me
         RobustnessConfig(**values)
 
 
+@pytest.mark.slow  # predicts everybody three times
 def test_the_stage_leaves_empty_results_where_it_is_off_and_full_ones_where_it_is_on(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
