@@ -1,13 +1,13 @@
 # `make quickstart` and `make test` are all a fresh machine needs (Python 3.11 or later, git, gcc, make).
 PYTHON ?= python3
 VENV := .venv
-JOBS ?= 2# processes that run tests
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')# processes that run tests; they wait for servers as much as they compute
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install constraints quickstart check test lint format retrain ui bench gpu-check clean
+.PHONY: help install constraints quickstart check test lint format retrain ui bench faults soak gpu-check clean
 
 help:                ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,11 +45,18 @@ format: install      ## let ruff mend what it can
 retrain: install     ## the Prefect flow `retrain`, once
 	@python -m pipelines.retrain
 
-ui: install          ## Prefect server and MLflow UI on loopback
+ui: install          ## Prefect, MLflow and the deployments of prefect.yaml, on loopback
 	@python -m pipelines.ui
 
 bench: install       ## benchmarks: ratios against a reference in the same run
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; python $$file || exit 1; done
+
+faults: install      ## every cell of the matrix of faults that did not hold yet, and docs/reliability.md
+	@python tests/faults/run.py
+
+HOURS ?= 1
+soak: install        ## trainings, retrainings and registrations with random kills for HOURS=1
+	@python tests/faults/soak.py --hours $(HOURS)
 
 gpu-check:           ## on a machine with a GPU: tests and timings of the training step, into docs/performance.md
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py

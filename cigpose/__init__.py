@@ -4,6 +4,9 @@
 >>> config = cigpose.load_preset("cigpose-m_coco-wholebody_256x192")
 >>> model = cigpose.build_model(config)                      # model(images) -> (simcc_x, simcc_y)
 >>> model = cigpose.load_checkpoint("model.safetensors")     # ours, or an official .pth with its config
+>>> predictor = cigpose.Predictor.load("model.safetensors", detector="yolox_nano.onnx")
+>>> for person in predictor("photo.jpg"):
+...     print(person["left_wrist"])                          # Keypoint(x=..., y=..., score=..., raw_score=...)
 
 Nothing heavy is imported until it is used.
 """
@@ -16,10 +19,11 @@ from cigpose.config import Config, load_params, load_preset, presets
 
 if TYPE_CHECKING:
     from cigpose import codec
+    from cigpose.deploy.predictor import Predictor
     from cigpose.model.estimator import build_model
     from cigpose.model.weights import load_checkpoint
 
-__all__ = ["Config", "build_model", "codec", "load_checkpoint", "load_params", "load_preset", "presets"]
+__all__ = ["Config", "Predictor", "build_model", "codec", "load_checkpoint", "load_params", "load_preset", "presets"]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from cigpose.model.estimator import build_model
 
         return build_model
+    if name == "Predictor":
+        from cigpose.deploy.predictor import Predictor
+
+        return Predictor
     if name == "load_checkpoint":
         from cigpose.model.weights import load_checkpoint
 

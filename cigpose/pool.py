@@ -30,9 +30,7 @@ def map_in_processes(
     Raises:
         ChildProcessError: a process was killed; the others are gone then.
     """
-    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_with_parent) as pool:
+    with process_pool(processes) as pool:
         waiting: deque[tuple[Work, Future[Result]]] = deque()
         try:
             for work in works:
@@ -49,7 +47,14 @@ def map_in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-def _leave_with_parent() -> None:
+def process_pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that are started when they are needed, and end with this one however it ends."""
+    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with_parent)
+
+
+def leave_with_parent() -> None:
     """End this process as soon as the one that started it is gone, which a worker that waits for work never notices.
 
     Not by PR_SET_PDEATHSIG: that is sent when the parent's thread ends, and only Linux has it.

@@ -8,16 +8,23 @@ token; and a page whose host name was pointed at 127.0.0.1 (Prefect does not loo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import requests
 
-from cigpose.files.atomic import claimed, written_file
+from cigpose.files.addresses import without_credentials
+from cigpose.files.atomic import claimed, write_json, written_file
 
 HEALTH_TIMEOUT_S = 2.0
+TOKEN = "PREFECT_SERVER_API_AUTH_STRING"
+"""In the environment of a server that demands one."""
+SERVING = "Deployments:"
+"""How the line begins that the process that serves deployments prints when it does."""
 NO_ORIGIN = "https://none.invalid"  # Prefect takes an empty list for its default, which is every origin
 
 
@@ -29,6 +36,30 @@ def prefect_home(root: Path) -> Path:
 def address_note(root: Path) -> Path:
     """The file with the address of the server of `make ui`, there while it runs."""
     return prefect_home(root) / "api_url"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Where `make ui` has its pages, or had them when it ran last."""
+
+    prefect: str = ""
+    mlflow: str = ""
+
+
+def read_pages(root: Path) -> Pages:
+    """The pages of the last `make ui` of a project; without addresses before the first."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Pages(**json.loads(_pages_note(root).read_text(encoding="utf-8")))
+    return Pages()
+
+
+def write_pages(root: Path, pages: Pages) -> None:
+    """Note where the pages are; the next `make ui` takes the same ports, so that links go on to work."""
+    write_json(_pages_note(root), {name: without_credentials(url) for name, url in asdict(pages).items()})
+
+
+def _pages_note(root: Path) -> Path:
+    return Path(os.environ.get("PREFECT_HOME") or root / ".prefect") / "pages.json"
 
 
 def server_token(root: Path) -> str:
@@ -57,7 +88,7 @@ def guarded_server(root: Path, origins: tuple[str, ...] = ()) -> dict[str, str]:
     """
     token = server_token(root)
     return {
-        "PREFECT_SERVER_API_AUTH_STRING": token,
+        TOKEN: token,
         "PREFECT_API_AUTH_STRING": token,
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins) or NO_ORIGIN,

@@ -16,7 +16,7 @@ from cigpose.download.fetch import fetch
 from cigpose.download.sources import TABLE
 from cigpose.files.addresses import is_remote, without_credentials
 from cigpose.files.objects import fetch_object
-from cigpose.train.build import pretrained_path
+from cigpose.train.build import LARGEST_WEIGHTS, pretrained_path
 from pipelines.paths import RAW
 from pipelines.stage import stage
 
@@ -30,10 +30,6 @@ def main(config: Config, key: str) -> None:
     fetch(RAW / key, sources[key], config.data.download, say=say)
     if key == "pretrained":
         fetch_first_weights(config)
-
-
-LARGEST_WEIGHTS = 16 << 30
-"""Bytes."""
 
 
 def say(line: str) -> None:

@@ -6,6 +6,7 @@ data/report/report.html         one page: figures, curves, kinds of error, robus
 data/report/robustness.json     {retained: {part: [share, low, high]}, ...}, where the stage before measured it
 data/report/pictures/*.jpg      predictions beside the labels, contact sheets
 data/report/model.onnx          the network, checked against torch
+data/report/calibration.json    what the scores of these two files mean, as probabilities
 data/metrics/evaluate.json      {part: {figure: value}}
 data/plots/parts.csv            AP and AR per part
 """
@@ -21,12 +22,16 @@ from typing import Any
 import torch
 
 from cigpose.config import Config
-from cigpose.deploy.onnx import export_onnx
+from cigpose.deploy.export import export_onnx
+from cigpose.deploy.onnx import OnnxModel
 from cigpose.evaluate import report
-from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, open_shards, sample_pictures
+from cigpose.evaluate.calibration import fit_calibration
+from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, measure, sample_pictures
+from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
 from cigpose.evaluate.robustness import Robustness
 from cigpose.files.atomic import write_json
+from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from pipelines.paths import (
     CHAMPION_FIGURES,
@@ -49,14 +54,26 @@ def main(config: Config) -> None:
     evaluation = evaluate_checkpoint(WEIGHTS, config, shards_root=SHARDS, results_path=REPORT / "results.json")
     assert evaluation is not None  # one process: this is rank 0
     write_results(evaluation, REPORT)
-    export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    exported = export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
+    metrics = evaluation.metrics | onnx_figures(exported, evaluation.config)
+    calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
-    report.write_metrics_json(evaluation.metrics, METRICS)
+    report.write_metrics_json(metrics, METRICS)
     metric = evaluation.config.evaluate.metric
     speed = len(evaluation.predictions) / evaluation.seconds  # not on the page: the same model gives the same bytes
     value = evaluation.metrics.get(metric, float("nan"))
     print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
-    print(report.parts_table(evaluation.metrics), end="")
+    print(report.parts_table(metrics), end="")
+
+
+def onnx_figures(exported: Path, config: Config) -> dict[str, float]:
+    """Figures of the exported file over all keypoints, where they are asked for."""
+    if not config.registry.measure_onnx:
+        return {}
+    figures = measure(OnnxModel(exported), config, shards_root=SHARDS)
+    return {
+        name.replace("whole/", "whole_onnx/"): value for name, value in figures.items() if name.startswith("whole/")
+    }
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
@@ -96,6 +113,20 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as err:
         raise ValueError(f"{path}: not valid JSON ({err}). Delete it and run again.") from err
     return dict(content)
+
+
+def calibrate(evaluation: Evaluation, folder: Path) -> None:
+    """Learn what scores mean, where enough is labelled."""
+    calibration = fit_calibration(
+        evaluation.predictions,
+        evaluation.truth,
+        evaluation.config.keypoint_set,
+        models=[sha256_of(WEIGHTS), sha256_of(folder / "model.onnx")],
+        about=protocol(evaluation.config, evaluation),
+    )
+    if calibration is not None:
+        calibration.write(folder)
+        print(f"scores as probabilities: expected calibration error {calibration.error:.3f}")
 
 
 def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:

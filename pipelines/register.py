@@ -8,9 +8,11 @@ Registering the same weights of the same run again finds the same version. `--sh
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config
-from cigpose.files.atomic import write_json
+from cigpose.files.atomic import claimed, write_json
 from cigpose.files.digest import sha256_of
-from pipelines.paths import METRICS, MODEL, REGISTERED, WEIGHTS
+from pipelines.lineage import project_root
+from pipelines.paths import METRICS, MODEL, REGISTERED, RUNS, WEIGHTS
 from pipelines.registry.outcome import outcome, summary
 from pipelines.registry.package import (
     log_package,
@@ -93,19 +96,32 @@ def register(config: Config, root: Path) -> dict[str, Any]:
     registry = Registry(client, config.registry.model)
     registry.ensure(f"Pose models. Use the version with the alias `{CHAMPION}`.")
     identity = {RUN_TAG: run_id, WEIGHTS_TAG: sha256_of(root / WEIGHTS)}
-    found = registry.find(run_id, identity[WEIGHTS_TAG])
-    if found is not None:
-        version = int(found.version)
-        registry.tag(version, evaluation.tags())  # the same weights may have been evaluated in another way
-    else:
-        package = make_package(config, root, {**run_info, "run_id": run_id}, evaluation)
-        with tempfile.TemporaryDirectory(prefix="cigpose-register-") as folder:
-            model_id = log_package(client, package, run_id, Path(folder) / "model", root)
+    with _staging() as folder:
+        found = registry.find(run_id, identity[WEIGHTS_TAG])
+        if found is not None:
+            version = int(found.version)
+            registry.tag(version, evaluation.tags())  # the same weights may have been evaluated in another way
+        else:
+            package = make_package(config, root, {**run_info, "run_id": run_id}, evaluation)
+            model_id = log_package(client, package, run_id, folder / "model", root)
             log_figures(client, run_id, evaluation, model_id)
-        tags = identity | evaluation.tags() | origin_tags(package)
-        version = registry.add(model_id, run_id, tags, description=model_card(package))
+            tags = identity | evaluation.tags() | origin_tags(package)
+            version = registry.add(model_id, run_id, tags, description=model_card(package))
     decision = registry.settle(version, evaluation, config.evaluate.metric, config.registry.margin)
     return outcome(client, config, run_id, version, decision, registry)
+
+
+@contextlib.contextmanager
+def _staging() -> Iterator[Path]:
+    """A folder for what MLflow is given, for one registration of the project at a time; a killed one's is removed."""
+    folder = project_root() / RUNS / "register"
+    with claimed(folder.with_suffix(".lock"), "a registration", wait=True):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from cigpose.config import Config
-from cigpose.evaluate.checkpoint import open_shards
+from cigpose.evaluate.labels import open_shards
 from cigpose.loader.pixels import check_extra
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from pipelines.paths import DATA, SHARDS
 from pipelines.stage import stage
 from pipelines.tracking.courier import tracked
 from pipelines.training import driver
+from pipelines.training.cluster import TrainingError
 from pipelines.training.identity import alone, run_folder, run_params
 from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
 from pipelines.training.watch import Watch
@@ -35,7 +36,7 @@ from pipelines.training.watch import Watch
 @stage(
     "train",
     flags={"--restart": "forget the run of these params, and train anew"},
-    errors=(driver.TrainingError, CheckpointError),
+    errors=(TrainingError, CheckpointError),
     when_stopped="The same command goes on from the last checkpoint.",
 )
 def main(config: Config, restart: bool) -> None:

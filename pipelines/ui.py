@@ -1,7 +1,8 @@
-"""`make ui`: the Prefect server and the MLflow UI on loopback, until Ctrl-C.
+"""`make ui`: Prefect's server, MLflow's, and a process that runs the deployments of prefect.yaml, until Ctrl-C.
 
-Ports: PREFECT_SERVER_API_PORT (4200) and MLFLOW_PORT (5000); where these are taken and were not asked for, a free one
-is used. A server that PREFECT_API_URL or the tracking address already names is not started again.
+Ports: PREFECT_SERVER_API_PORT and MLFLOW_PORT, else those of the last time, else 4200 and 5000; where these are taken
+and were not asked for, a free one is used. A server that PREFECT_API_URL or the tracking address already names is not
+started again. A second `make ui` of a project says where the first one is.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import requests
 
 from cigpose.config import load_params
 from cigpose.files.addresses import without_credentials
-from pipelines.access import address_note, guarded_server, prefect_home
+from cigpose.files.atomic import ClaimedError, claimed
+from pipelines.access import SERVING, TOKEN, Pages, address_note, guarded_server, prefect_home, read_pages, write_pages
 from pipelines.lineage import project_root
 from pipelines.processes import start, stop_group
 from pipelines.retraining.turn import clear_if_killed
@@ -45,12 +48,24 @@ class Server:
 
     name: str
     command: tuple[str, ...]
-    health: str
-    """Address that answers 200 when it is ready."""
-    address: str
-    """What people open."""
     log: Path
+    health: str = ""
+    """Address that answers 200 when it is ready."""
+    says: str = ""
+    """Or what its log says then."""
+    address: str = ""
+    """What people open."""
     env: Mapping[str, str] = field(default_factory=dict)
+    alone_s: float = 0.0
+    """Seconds that its first process has, when it is asked to stop, to stop the others."""
+
+    def is_ready(self) -> bool:
+        """Whether it can be used."""
+        if self.says:
+            return self.says in self.log.read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(self.health, timeout=15).ok
+        return False
 
 
 def prefect_server(root: Path, port: int) -> Server:
@@ -93,6 +108,23 @@ def mlflow_server(root: Path, port: int, address: str) -> Server:
         address=f"http://{HOST}:{port}",
         log=folder / "mlflow-server.log",
         env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    )
+
+
+def deployments_server(root: Path, prefect: Mapping[str, str]) -> Server:
+    """The process that runs the deployments of prefect.yaml.
+
+    Args:
+        root: folder of params.yaml.
+        prefect: environment of a client of the Prefect server to use.
+    """
+    return Server(
+        name="The process that serves deployments",
+        command=(sys.executable, "-m", "pipelines.retrain", "--serve"),
+        says=SERVING,
+        log=prefect_home(root) / "deployments.log",
+        env=prefect,
+        alone_s=40.0,  # it stops a run at work, which stops its stage: at most 30 s
     )
 
 
@@ -147,10 +179,13 @@ def running(*servers: Server, root: Path, timeout_s: float = START_TIMEOUT_S) ->
             wait_healthy(server, process, timeout_s)
         yield processes
     finally:
-        for process in processes:  # all at once, then wait for each
+        for server, process in zip(servers, processes, strict=False):  # all at once, then wait for each
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        for process in processes:
+                (os.kill if server.alone_s else os.killpg)(process.pid, signal.SIGTERM)
+        for server, process in zip(servers, processes, strict=False):
+            if server.alone_s:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(server.alone_s)
             stop_group(process, _STOP)
 
 
@@ -165,13 +200,13 @@ def wait_healthy(server: Server, process: subprocess.Popen[str], timeout_s: floa
         # The process as well: on a taken port the server dies while another one answers.
         if process.poll() is not None:
             break
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(server.health, timeout=15).ok and process.poll() is None:
-                return
+        if server.is_ready() and process.poll() is None:
+            return
         time.sleep(0.2)
     state = "did not answer" if process.poll() is None else f"exited with {process.returncode}"
     tail = " | ".join(server.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
-    raise ServerError(f"{server.name} on {server.address} {state}; {server.log} ends: {tail}")
+    place = f"{server.name} on {server.address}" if server.address else server.name
+    raise ServerError(f"{place} {state}; {server.log} ends: {tail}")
 
 
 def watch(
@@ -202,32 +237,49 @@ def _interrupt(*_: int | FrameType | None) -> None:
 
 
 def serve_pages(root: Path) -> None:
-    """Bring both up, print where they are, and wait for a signal."""
+    """Bring all up, print where they are, and wait for a signal.
+
+    Raises:
+        ClaimedError: they are up already.
+    """
     address = tracking_address(load_params(root / "params.yaml"), root)
-    servers = []
-    prefect_address, mlflow_address = os.environ.get("PREFECT_API_URL"), address
-    if prefect_address is None:
-        servers.append(prefect_server(root, choose_port(4200, "PREFECT_SERVER_API_PORT")))
-        prefect_address = servers[-1].address
-    if not address.startswith("http"):
-        servers.append(mlflow_server(root, choose_port(5000, "MLFLOW_PORT"), address))
-        mlflow_address = servers[-1].address
-    note = address_note(root)  # `make retrain` shows itself in this server
-    try:
-        with running(*servers, root=root) as processes:
-            note.write_text(f"{prefect_address.removesuffix('/api')}/api\n", encoding="utf-8")
-            print(without_credentials(f"Prefect  {prefect_address}\nMLflow   {mlflow_address}"), flush=True)
-            for server in servers:
-                if token := server.env.get("PREFECT_SERVER_API_AUTH_STRING"):
-                    print(f"Prefect's page asks once for a password: {token}", flush=True)
-            print("Ctrl-C stops both.", flush=True)
-            watch(servers, processes, lambda: clear_if_killed(root))
-    finally:
-        note.unlink(missing_ok=True)
+    with claimed(prefect_home(root) / "ui.lock", "`make ui` of this project"), contextlib.ExitStack() as stack:
+        servers, pages, client = [], Pages(prefect=os.environ.get("PREFECT_API_URL", ""), mlflow=address), {}
+        last = read_pages(root)
+        if not pages.prefect:
+            servers.append(prefect_server(root, choose_port(_port(last.prefect, 4200), "PREFECT_SERVER_API_PORT")))
+            client = {name: servers[0].env[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
+            pages = replace(pages, prefect=servers[0].address)
+        if not address.startswith("http"):
+            servers.append(mlflow_server(root, choose_port(_port(last.mlflow, 5000), "MLFLOW_PORT"), address))
+            pages = replace(pages, mlflow=servers[-1].address)
+        processes = list(stack.enter_context(running(*servers, root=root)))
+        note = address_note(root)  # `make retrain` shows itself in this server
+        stack.callback(note.unlink, missing_ok=True)
+        note.write_text(f"{pages.prefect.removesuffix('/api')}/api\n", encoding="utf-8")
+        write_pages(root, pages)
+        serving = deployments_server(root, client)
+        processes += stack.enter_context(running(serving, root=root))  # stopped first, so that its states are kept
+        print(without_credentials(f"Prefect  {pages.prefect}\nMLflow   {pages.mlflow}"), flush=True)
+        if token := next((server.env[TOKEN] for server in servers if TOKEN in server.env), None):
+            print(f"Prefect's page asks once for a password: {token}", flush=True)
+        print(f"{_last_line(serving.log, SERVING)}\nCtrl-C stops all of it.", flush=True)
+        watch([*servers, serving], processes, lambda: clear_if_killed(root))
+
+
+def _port(address: str, default: int) -> int:
+    """The port of a page on loopback; the default of another one."""
+    parts = urlsplit(address)
+    return parts.port if parts.hostname == HOST and parts.port else default
+
+
+def _last_line(log: Path, beginning: str) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith(beginning)), "")
 
 
 def main() -> int:
-    """Run until a signal; 1 when a server fails."""
+    """Run until a signal; 1 when a server fails, 0 where another `make ui` has all of them up."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for number in _SIGNALS:  # a shell's `&` starts its children with SIGINT off
         signal.signal(number, _interrupt)
@@ -235,6 +287,9 @@ def main() -> int:
         serve_pages(project_root())
     except KeyboardInterrupt:
         print("Stopped.", flush=True)
+    except ClaimedError as err:
+        pages = read_pages(project_root())
+        print(without_credentials(f"{err}\nPrefect  {pages.prefect}\nMLflow   {pages.mlflow}"), flush=True)
     except (ServerError, ValueError, OSError) as err:
         print(without_credentials(f"ui: {err}"), file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test run in a shell's background ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["scripted_host", "sharder", "tiny_shards"]  # fixtures of several rooms; in tests/support
+pytest_plugins = ["postgres", "scripted_host", "sharder", "tiny_shards"]  # fixtures of several rooms; in tests/support
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -58,7 +59,8 @@ NO_PART_OF_A_RESULT = {
 """Code that reads params and carries or checks bytes: a change of it makes no stage stale."""
 
 
-def imports(file: Path) -> set[str]:
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
     """Modules (and names of modules) a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -66,7 +68,7 @@ def imports(file: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def modules(root: Path, package: str) -> dict[str, Path]:
@@ -75,6 +77,7 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     return {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
 
 
+@functools.cache
 def uses(root: Path, package: str) -> dict[str, set[str]]:
     """Module of a package -> modules of the package it imports."""
     known = modules(root, package)

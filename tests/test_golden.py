@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MADE_BY_HAND = {"README.md", "make.py"}
 
 
@@ -21,6 +23,7 @@ def test_the_reference_numbers_are_small(golden: Path) -> None:
     assert sum(sizes) <= 3 << 20
 
 
+@pytest.mark.slow
 def test_making_the_reference_numbers_again_gives_the_same_bytes(
     golden: Path, large_golden: Path, tmp_path: Path
 ) -> None:

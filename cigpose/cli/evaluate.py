@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # torch: only where it is needed
 
     from cigpose.evaluate.coco import ScoredPersons
     from cigpose.evaluate.ground_truth import GroundTruth
+    from cigpose.evaluate.predictions import Predictions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -41,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
     evaluate.add_argument("--boxes", choices=("ground_truth", "detections"), help="default: as params.yaml says")
     evaluate.add_argument("--flip-test", action=argparse.BooleanOptionalAction, help="default: as params.yaml says")
     evaluate.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    evaluate.add_argument("--out", type=Path, help="folder for results.json and metrics.json")
+    evaluate.add_argument(
+        "--out", type=Path, help="folder for results.json, metrics.json and calibration.json (see `cigpose.Predictor`)"
+    )
     evaluate.add_argument(
         "--corruptions",
         action="store_true",
@@ -57,6 +60,8 @@ class _Measured:
     truth: GroundTruth
     config: Config
     model: nn.Module | None
+    predictions: Predictions | None
+    """Of the model; a file of results has none with raw scores."""
     how: dict[str, object]
     """What the figures hold for."""
 
@@ -82,6 +87,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"{metric} with {found.how['boxes']}: {found.metrics[metric]:.4f}")
     if options.out:
         write_json(options.out / "metrics.json", {**report.nested(found.metrics), "protocol": found.how})
+        _calibrate(found, options)
     if options.against:
         other = _measure(options.against, config, options)
         names = (str(options.against), str(options.model))
@@ -96,8 +102,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _measure(path: Path, config: Config, options: argparse.Namespace, out: Path | None = None) -> _Measured:
     """The figures of a model or of a file of results on `config.data.val`."""
-    from cigpose.evaluate.checkpoint import dataset_truth, evaluate_model, merge_config, open_shards
+    from cigpose.evaluate.checkpoint import evaluate_model, merge_config
     from cigpose.evaluate.coco import measure_persons, score_persons, write_coco_results
+    from cigpose.evaluate.labels import dataset_truth, open_shards
     from cigpose.evaluate.results import read_coco_results
 
     results = out / "results.json" if out else None
@@ -109,7 +116,9 @@ def _measure(path: Path, config: Config, options: argparse.Namespace, out: Path 
         how |= {"people": f"{len(scored.people)} predicted", "boxes": "boxes of another tool"}
         if results:
             write_coco_results(results, scored, config.keypoint_set, truth.category_id)
-        return _Measured(metrics=metrics, scored=scored, truth=truth, config=config, model=None, how=how)
+        return _Measured(
+            metrics=metrics, scored=scored, truth=truth, config=config, model=None, predictions=None, how=how
+        )
     model, own = _load(path, config, options.preset)
     own = merge_config(own, config, where=str(path))
     evaluation = evaluate_model(model, own, shards_root=options.shards, device=options.device, results_path=results)
@@ -121,8 +130,40 @@ def _measure(path: Path, config: Config, options: argparse.Namespace, out: Path 
         "flip test": "flip test" if own.evaluate.flip_test else "no flip test",
     }
     return _Measured(
-        metrics=evaluation.metrics, scored=scored, truth=evaluation.truth, config=own, model=model, how=how
+        metrics=evaluation.metrics,
+        scored=scored,
+        truth=evaluation.truth,
+        config=own,
+        model=model,
+        predictions=evaluation.predictions,
+        how=how,
     )
+
+
+def _calibrate(found: _Measured, options: argparse.Namespace) -> None:
+    """Leave what raw scores mean, where enough is labelled."""
+    from cigpose.evaluate.calibration import fit_calibration
+    from cigpose.files.digest import sha256_of
+
+    if found.predictions is None:
+        return
+    calibration = fit_calibration(
+        found.predictions,
+        found.truth,
+        found.config.keypoint_set,
+        models=[sha256_of(_file_of(options.model))],
+        about={"dataset": found.config.data.val, "flip test": found.config.evaluate.flip_test},
+    )
+    if calibration is not None:
+        calibration.write(options.out)
+
+
+def _file_of(path: Path) -> Path:
+    """The weights in a folder; of anything else itself."""
+    if not path.is_dir():
+        return path
+    files = [path / "model.safetensors", *sorted(path.glob("weights-*.safetensors"), reverse=True)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def _load(path: Path, config: Config, preset: str | None) -> tuple[nn.Module, Config]:
@@ -130,11 +171,13 @@ def _load(path: Path, config: Config, preset: str | None) -> tuple[nn.Module, Co
     from cigpose.deploy.onnx import OnnxModel
     from cigpose.model.weights import load_checkpoint
 
-    if path.is_dir():
-        files = [path / "model.safetensors", *sorted(path.glob("weights-*.safetensors"), reverse=True)]
-        path = next((file for file in files if file.is_file()), files[0])
+    path = _file_of(path)
     if path.suffix == ".onnx":
         exported = OnnxModel(path)
+        if exported.decoded and config.evaluate.flip_test:
+            raise ValueError(
+                f"{path}: gives keypoints, whose mean with a mirror image means nothing. Add --no-flip-test."
+            )
         return exported, exported.config
     if path.suffix == ".safetensors":
         model = load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""The `cigpose` command: presets, params.yaml, shards, prediction, export, evaluation."""
+"""The `cigpose` command: presets, params.yaml, shards, prediction, export, evaluation, detectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cigpose.cli import deploy, evaluate, presets, shards
+from cigpose.cli import deploy, detectors, evaluate, export, presets, shards
 from cigpose.files.addresses import without_credentials
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cigpose", description=__doc__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (presets, shards, evaluate, deploy):
+    for group in (presets, shards, evaluate, deploy, detectors, export):
         group.add_parser(subparsers)
     return parser
 

@@ -21,6 +21,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     use.add_argument("name", help="see `cigpose presets`")
     use.add_argument("--params", type=Path, default=Path("params.yaml"), help="file to write (default: %(default)s)")
+    use.add_argument(
+        "--fast",
+        action="store_true",
+        help="for GPUs: bf16, compiled, cuDNN's fastest kernels; no longer the paper's",
+    )
     use.set_defaults(run=_use)
 
 
@@ -47,5 +52,7 @@ def _presets(options: argparse.Namespace) -> None:
 
 def _use(options: argparse.Namespace) -> None:
     config = configuration.load_preset(options.name)
+    if options.fast:
+        config = configuration.fast_variant(config)
     write_params(config, options.params)
     print(f"{options.params}: {config.name}. `dvc repro` runs it; `dvc params diff` shows what changed.")

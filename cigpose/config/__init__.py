@@ -9,6 +9,7 @@ from cigpose.config.experiment import (
     PRESETS,
     Config,
     config_from_mapping,
+    fast_variant,
     load_params,
     load_preset,
     preset_text,
@@ -16,7 +17,15 @@ from cigpose.config.experiment import (
     public_params,
 )
 from cigpose.config.model import BackboneConfig, CausalConfig, HeadConfig, HGNNConfig, ModelConfig, SimCCConfig
-from cigpose.config.outcome import EvaluateConfig, ProtocolConfig, PublishedConfig, RegistryConfig, RobustnessConfig
+from cigpose.config.outcome import (
+    EvaluateConfig,
+    NotifyConfig,
+    ProtocolConfig,
+    PublishedConfig,
+    RegistryConfig,
+    RobustnessConfig,
+    ServingConfig,
+)
 from cigpose.config.schema import ConfigError
 from cigpose.config.training import (
     AugmentationConfig,
@@ -51,6 +60,7 @@ __all__ = [
     "HeadConfig",
     "LoaderConfig",
     "ModelConfig",
+    "NotifyConfig",
     "OptimizerConfig",
     "ProtocolConfig",
     "PublishedConfig",
@@ -58,10 +68,12 @@ __all__ = [
     "RenderConfig",
     "RobustnessConfig",
     "ScheduleConfig",
+    "ServingConfig",
     "ShardingConfig",
     "SimCCConfig",
     "TrainConfig",
     "config_from_mapping",
+    "fast_variant",
     "load_params",
     "load_preset",
     "preset_text",

@@ -119,6 +119,8 @@ class ShardingConfig:
     """Share of persons that may be unreadable before the stage fails."""
     verify_images: bool = False
     """Decode every picture. Headers, ends and checksums are looked at in any case."""
+    shuffle: bool = False
+    """Write the pictures of each shard in random order: for sources where like stands beside like, as in videos."""
     processes: int = field(default=0, metadata=HOW)
     """0: one per core, fewer where there is little to copy."""
 

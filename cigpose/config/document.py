@@ -12,26 +12,13 @@ MOST_VALUES = 100_000
 """Values of a document with its aliases written out; a params.yaml has a few hundred."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's is ten times as fast
     """Plain YAML in which every key stands once, and aliases stay within reason."""
 
     def get_single_node(self) -> yaml.Node | None:
-        node = super().get_single_node()
+        node: yaml.Node | None = super().get_single_node()
         if node is not None and _num_values(node, {}) > MOST_VALUES:
             raise ConfigError(f"it stands for more than {MOST_VALUES} values by its aliases (*name). Write them out.")
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise ConfigError(
-                        f"{key.value!r} stands on line {lines[key.value]} and again on line {line}. Remove one of them."
-                    )
-                lines[key.value] = line
         return node
 
 
@@ -41,9 +28,23 @@ def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
         return 1
     if id(node) not in known:
         known[id(node)] = MOST_VALUES  # what a node that contains itself is found to have
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(node)
         items = node.value if isinstance(node, yaml.SequenceNode) else [item for pair in node.value for item in pair]
         known[id(node)] = 1 + sum(_num_values(item, known) for item in items)
     return known[id(node)]
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(
+                    f"{key.value!r} stands on line {lines[key.value]} and again on line {line}. Remove one of them."
+                )
+            lines[key.value] = line
 
 
 def read_yaml(text: str) -> Any:

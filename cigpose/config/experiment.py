@@ -14,6 +14,7 @@ from cigpose.config.document import read_yaml
 from cigpose.config.model import ModelConfig
 from cigpose.config.outcome import (
     EvaluateConfig,
+    NotifyConfig,
     PublishedConfig,
     RegistryConfig,
     RobustnessConfig,
@@ -58,6 +59,7 @@ class Config:
     evaluate: EvaluateConfig = field(metadata=affects("robustness", "evaluate", "register"))
     registry: RegistryConfig = field(metadata=affects("register"))
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig, metadata=affects("robustness"))
+    notify: NotifyConfig = field(default_factory=NotifyConfig, metadata=HOW)
     published: PublishedConfig | None = field(default=None, metadata=HOW)
 
     def __post_init__(self) -> None:
@@ -97,7 +99,9 @@ class Config:
 
     def for_validation(self) -> Config:
         """The same experiment, whose `evaluate` is how epochs are measured while it trains."""
-        protocol = EvaluateConfig(**to_mapping(self.train.validation), batch=self.evaluate.batch)
+        # without gradients as many persons fit as in training, and a GPU wants many
+        batch = max(self.evaluate.batch, self.train.batch_per_worker)
+        protocol = EvaluateConfig(**to_mapping(self.train.validation), batch=batch)
         return dataclasses.replace(self, evaluate=protocol)
 
     def params_of(self, stage: str) -> dict[str, Any]:
@@ -170,6 +174,12 @@ def preset_text(name: str) -> str:
     if name not in presets():
         raise ConfigError(f"preset {name!r} does not exist. Known: {', '.join(presets())}.")
     return (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def fast_variant(config: Config) -> Config:
+    """The same experiment as GPUs do it fastest, under a name of its own: what comes of it differs a little."""
+    train = dataclasses.replace(config.train, precision="bf16", compile=True, cudnn_benchmark=True)
+    return dataclasses.replace(config, name=f"{config.name}-fast", train=train)
 
 
 def load_preset(name: str) -> Config:

@@ -1,4 +1,4 @@
-"""`evaluate`, `registry` and `published` in params.yaml."""
+"""`evaluate`, `registry`, `notify` and `published` in params.yaml."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cigpose.config.schema import ADDRESS, HOW, ConfigError, affects, require, require_between
+from cigpose.config.schema import ADDRESS, HOW, PRIVATE, ConfigError, affects, require, require_between
 from cigpose.keypoints import KeypointSet, parts_with_whole
 
 FIGURES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
@@ -74,7 +74,7 @@ class EvaluateConfig(ProtocolConfig):
     """How the finished model is measured."""
 
     batch: int = field(default=32, metadata=HOW)
-    """Persons per forward pass, in validation too."""
+    """Persons per forward pass; in validation at least a training worker's share."""
 
     def __post_init__(self) -> None:
         ProtocolConfig.__post_init__(self)
@@ -117,6 +117,28 @@ class RobustnessConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServingConfig:
+    """What one request to a served model may ask for; recorded with each version as it is registered."""
+
+    max_request_mb: float = 64.0
+    """Megabytes of a request; a picture is a third larger in it than its file."""
+    max_json_depth: int = 8
+    """Levels of lists and mappings in its JSON."""
+    max_pictures: int = 32
+    """Rows of a request."""
+    max_boxes: int = 200
+    """Persons of a request, all its pictures together."""
+    max_megapixels: float = 50.0
+    """Millions of pixels of a picture, by its header; larger ones are not decoded."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 0, 2000, "max_request_mb", positive=True)
+        require_between(self, 4, 500, "max_json_depth")
+        require_between(self, 1, 1_000_000, "max_pictures", "max_boxes")
+        require_between(self, 0, 200, "max_megapixels", positive=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RegistryConfig:
     """The MLflow registry."""
 
@@ -129,10 +151,31 @@ class RegistryConfig:
     """MLflow address; null: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml."""
     pictures: int = field(default=16, metadata=affects("evaluate", "register"))
     """Sample predictions logged with the model."""
+    measure_onnx: bool = field(default=False, metadata=affects("evaluate", "register"))
+    """Measure the exported file too, on the CPU; its figures stand beside torch's as `whole_onnx`."""
+    detector: str | None = None
+    """ONNX file of a person detector, kept with each version so that the served model finds people itself."""
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    """What one request to the served model may ask for."""
 
     def __post_init__(self) -> None:
         require_between(self, 0, 1, "margin")
         require_between(self, 1, 10_000, "pictures")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifyConfig:
+    """Who is told how a retraining ended."""
+
+    webhook: str | None = field(default=None, metadata=PRIVATE)
+    """Address that takes Slack's JSON: told of failures, and whether a model became champion; null: nobody."""
+    timeout_s: float = 10.0
+    """Seconds that telling may take in all."""
+
+    def __post_init__(self) -> None:
+        is_web = self.webhook is None or self.webhook.startswith(("http://", "https://"))
+        require(is_web, "webhook must be an http or https address, or null.")
+        require_between(self, 0, 600, "timeout_s", positive=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

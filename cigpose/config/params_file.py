@@ -92,6 +92,15 @@ def _flow(value: Any) -> str:
 
 def field_meanings(cls: type) -> dict[str, str]:
     """First line of the text under each field of a configuration dataclass."""
+    if cls not in _MEANINGS:
+        _MEANINGS[cls] = _read_meanings(cls)
+    return _MEANINGS[cls]
+
+
+_MEANINGS: dict[type, dict[str, str]] = {}
+
+
+def _read_meanings(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     meanings = {
         name: text for base in cls.__bases__ if base is not object for name, text in field_meanings(base).items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import types
@@ -96,6 +97,11 @@ def require_between(section: object, least: float, most: float, *names: str, pos
                 raise ValueError(f"{name} must be {expected}, got {shown(value)}.")
 
 
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def from_mapping(cls: type[T], values: Any, path: str = "") -> T:
     """Build dataclass `cls` from plain values.
 
@@ -109,7 +115,7 @@ def from_mapping(cls: type[T], values: Any, path: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path or 'params'}: expected a mapping, got {values!r}.")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]  # mypy takes the class for its instances
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -149,7 +155,7 @@ def field_marks(cls: type, kind: Literal["public", "stages"], path: str = "") ->
         kind: `public` of `PRIVATE` and `ADDRESS`, `stages` of `HOW` and `affects`.
         path: where `cls` stands in the whole. A key of a dict of dataclasses stands as `*`.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     marks: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         here = _join(path, field.name)

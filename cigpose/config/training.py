@@ -160,14 +160,14 @@ class LoaderConfig:
     shuffle_buffer: int = 2000
     """Persons held for shuffling."""
     prefetch_batches: int = field(default=4, metadata=HOW)
-    open_shards: int = 8
-    """Shards read side by side: pictures are drawn from all of them in random order."""
+    open_shards: int = 16
+    """Shards read side by side, a person of each in turn."""
     verify: bool = field(default=True, metadata=HOW)
-    """Compare every shard's sha256 when a run opens it first."""
+    """Compare every shard's sha256 when a process reads it first."""
     cache: str | None = field(default=None, metadata=HOW)
     """Folder for remote shards; null: the user's cache directory."""
     cache_gb: float | None = field(default=200.0, metadata=HOW)
-    """Beyond this size remote shards that nobody reads are removed, the least recently used first; null: no limit."""
+    """Beyond this size remote shards that nobody reads are removed, the oldest first; null: no limit; 0: no copies."""
     scaled_decode: bool = False
     """Decode large pictures at 1/2, 1/4 or 1/8 where the crop is smaller still. Changes pixels."""
 
@@ -175,7 +175,7 @@ class LoaderConfig:
         require_between(self, 0, 1024, "processes")
         require_between(self, 0, 10_000_000, "shuffle_buffer")
         require_between(self, 1, 10_000, "prefetch_batches", "open_shards")
-        require_between(self, 0, 1_000_000_000, "cache_gb", positive=True)
+        require_between(self, 0, 1_000_000_000, "cache_gb")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,9 +191,12 @@ class ClusterConfig:
     """Times Ray restarts dead workers from the last checkpoint."""
     min_workers: int | None = field(default=None, metadata=HOW)
     """Go on with fewer workers, down to this, when a node is lost; null: wait for it to return."""
+    wait_minutes: int = field(default=60, metadata=HOW)
+    """How long a joined cluster has to come up with nodes: those of autoscaling, and lost ones."""
 
     def __post_init__(self) -> None:
         require_between(self, 1, 100_000, "num_workers")
+        require_between(self, 1, 100_000, "wait_minutes")
         require_between(self, 1, self.num_workers, "min_workers")
         require_between(self, 1, 1024, "threads_per_worker")
         require_between(self, 0, 1_000_000, "max_failures")
@@ -219,6 +222,8 @@ class TrainConfig:
     sync_batch_norm: bool | Literal["auto"] = "auto"
     """Batch statistics of the backbone over all workers, as upstream. auto: on GPUs only."""
     compile: bool = field(default=False, metadata=HOW)
+    cudnn_benchmark: bool = field(default=False, metadata=HOW)
+    """Let cuDNN try its kernels on the first batch of each size, and keep the fastest."""
     validate_every_epochs: int = 10
     validation: ProtocolConfig = field(default_factory=ProtocolConfig)
     """How epochs are measured and compared while training. `evaluate` measures the finished model: no part of this."""

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from cigpose.files.atomic import sync
 
 
@@ -37,7 +39,7 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    self._note(json.loads(line)[self._key], len(line))
+                    self._note(orjson.loads(line)[self._key], len(line))
                 except (ValueError, KeyError, TypeError) as err:
                     raise ValueError(
                         f"{self.path}: line {number} is no record of `cigpose predict`. Remove the folder or give "
@@ -59,7 +61,7 @@ class Journal:
         start, length = self._extents[key]
         with self.path.open("rb") as file:
             file.seek(start)
-            return json.loads(file.read(length))
+            return orjson.loads(file.read(length))
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records; they are on the disk when this returns."""

@@ -1,203 +1,213 @@
-"""Poses of people in pictures: boxes in, keypoints in image pixels out.
+"""Poses of people in pictures: five lines from a photograph to keypoints.
 
-N persons, K keypoints. A detector is out of scope: boxes come from the caller; without them the whole picture is the
-box of one person.
+    import cigpose
+    predictor = cigpose.Predictor.load("models:/cigpose-quickstart@champion", detector="yolox_nano.onnx")
+    for person in predictor("photo.jpg"):
+        print(person["left_wrist"].x, person["left_wrist"].score)
+
+N persons, K keypoints. Boxes of persons come from the caller, else from the detector; without one the whole picture is
+the box of one person.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Self, TypeAlias, overload
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
 
-from cigpose.config import Config
+from cigpose.config import Config, load_preset
 from cigpose.crop import box_to_center_scale, crop_image, crop_matrix, crop_to_image, fix_aspect_ratio
-from cigpose.deploy.onnx import OnnxModel
-from cigpose.draw import draw_poses
+from cigpose.deploy.detector import Detector
+from cigpose.deploy.images import MAX_MEGAPIXELS, Image, read_image
+from cigpose.deploy.models import calibration_beside, find_model, preset_of
+from cigpose.deploy.onnx import CONFIG_KEY, OnnxModel
+from cigpose.deploy.poses import Keypoint, PosedPerson, Poses
+from cigpose.deploy.public_onnx import META_KEY, PublicOnnxModel
+from cigpose.deploy.recipe import Recipe
+from cigpose.deploy.sessions import open_session
+from cigpose.evaluate.calibration import Calibration
 from cigpose.evaluate.oks import person_scores
 from cigpose.evaluate.predict import predict_crops
-from cigpose.files.errors import DataError
-from cigpose.files.jpeg import jpeg_size
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 
-Image = str | Path | bytes | np.ndarray
-"""A file, the bytes of one, or uint8 (H, W, 3) BGR."""
+__all__ = ["MAX_MEGAPIXELS", "Image", "Keypoint", "PosedPerson", "Poses", "Predictor", "check_boxes", "read_image"]
 
+Boxes: TypeAlias = np.ndarray | Sequence[Sequence[float]]
+"""(N, 4) x0, y0, x1, y1 of persons in image pixels, or (N, 5) with a score."""
 
-MAX_MEGAPIXELS = 200
-"""Larger JPEGs and PNGs are refused before they are decoded (no camera gives them; 1 MB of PNG may unpack to 6 GB).
-OpenCV itself refuses any format from 1,074 megapixels on."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Poses:
-    """The people of one picture, in the order of their boxes."""
-
-    keypoints: np.ndarray
-    """(N, K, 2) float32 x, y in image pixels."""
-    scores: np.ndarray
-    """(N, K) float32, raw SimCC maxima."""
-    person_scores: np.ndarray
-    """(N,) float64: box score times the mean score of the keypoints above the threshold of the evaluation."""
-    bbox_xyxy: np.ndarray
-    """(N, 4) float32."""
-    image_size: tuple[int, int]
-    """(width, height)."""
-
-    def __len__(self) -> int:
-        return len(self.keypoints)
-
-    @classmethod
-    def from_records(
-        cls, persons: Sequence[Mapping[str, Any]], image_size: tuple[int, int], num_keypoints: int
-    ) -> Poses:
-        """What `to_records` was made of, as exactly as it was written."""
-        triples = np.array([person["keypoints"] for person in persons], np.float32).reshape(-1, num_keypoints, 3)
-        return cls(
-            keypoints=triples[..., :2],
-            scores=triples[..., 2],
-            person_scores=np.array([person["score"] for person in persons], np.float64),
-            bbox_xyxy=np.array([person["bbox_xyxy"] for person in persons], np.float32).reshape(-1, 4),
-            image_size=image_size,
-        )
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """One JSON-ready mapping per person: `bbox_xyxy`, `score`, `keypoints` [[x, y, score], ...]."""
-        triples = np.concatenate([self.keypoints, self.scores[..., None]], axis=2).astype(np.float64)
-        return [
-            {
-                "bbox_xyxy": np.round(box.astype(np.float64), 2).tolist(),
-                "score": round(float(score), 4),
-                "keypoints": [[round(x, 2), round(y, 2), round(confidence, 4)] for x, y, confidence in person.tolist()],
-            }
-            for box, score, person in zip(self.bbox_xyxy, self.person_scores, triples, strict=True)
-        ]
+PICTURES_AT_ONCE = 16
+"""Pictures of a generator that are in memory together."""
 
 
 class Predictor:
-    """A pose model with everything around it: decoding, cropping, flip test, batching, un-cropping.
+    """A pose model with everything around it: detecting, cropping, batching, decoding, un-cropping, calibrating.
+
+    Several threads may use one predictor at once.
 
     Args:
-        model: gives (simcc_x, simcc_y) of float32 images; a network of ours or an `OnnxModel`.
-        config: of the model: keypoint set, input size, box padding, flip test, batch.
+        model: gives (simcc_x, simcc_y) of float32 images; a network of ours or one of onnxruntime.
+        config: of the model, or the recipe of another network.
         device: where the model runs; it is moved there. None: the GPU if there is one.
-        flip_test: average with the mirror image; None: as `config.evaluate` says.
+        flip_test: average with the mirror image: twice the work for about a point of AP, as papers report it.
+        detector: finds the people where no boxes are given.
+        calibration: makes probabilities of scores.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        config: Config,
+        config: Config | Recipe,
         *,
         device: torch.device | str | None = None,
-        flip_test: bool | None = None,
+        flip_test: bool = False,
+        detector: Detector | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
-        self.device = choose_device("cpu" if device is None and isinstance(model, OnnxModel) else device)
+        on_cpu = device is None and isinstance(model, (OnnxModel, PublicOnnxModel))
+        self.device = choose_device("cpu" if on_cpu else device)
         self.model = model.to(self.device).eval()
-        self.config = config
-        self.keypoint_set = config.keypoint_set
-        self.flip_test = config.evaluate.flip_test if flip_test is None else flip_test
+        self.recipe = Recipe.of(config) if isinstance(config, Config) else config
+        self.keypoint_set = self.recipe.keypoint_set
+        self.flip_test, self.detector, self.calibration = flip_test, detector, calibration
         index = torch.as_tensor(self.keypoint_set.flip_index, device=self.device)
-        self._flip_index = index if self.flip_test else None
+        self._flip_index = index if flip_test else None
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        model: str | Path,
         config: Config | None = None,
         *,
         device: torch.device | str | None = None,
-        flip_test: bool | None = None,
+        flip_test: bool = False,
+        detector: str | Path | Detector | None = None,
         threads: int = 0,
-    ) -> Predictor:
-        """A predictor from a file.
+    ) -> Self:
+        """A predictor from a file, a folder or a registry.
 
         Args:
-            path: our model.safetensors or .onnx, or an official .pth.
-            config: needed for files that do not carry it (.pth).
+            model: our model.safetensors or .onnx, an .onnx of cigpose-onnx's format, an official .pth, a folder with
+                model.safetensors, or `models:/NAME@champion` (see `cigpose.deploy.models.find_model`).
+            config: needed for an official .pth that is not named as a preset.
             device: see `Predictor`.
             flip_test: see `Predictor`.
-            threads: of onnxruntime, for .onnx; 0 leaves it the choice.
+            detector: a `Detector`, or its ONNX file.
+            threads: of onnxruntime; 0 leaves it the choice.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it cannot be used.
+            ValueError: it cannot be used, or the registry does not have it.
         """
-        path = Path(path)
-        if path.suffix == ".onnx":
-            exported = OnnxModel(path, threads=threads)
-            return cls(exported, exported.config, device=device, flip_test=flip_test)
-        model = load_checkpoint(path, config)
-        return cls(model, model.config, device=device, flip_test=flip_test)
+        path = find_model(model)
+        finder = Detector(detector, threads=threads) if isinstance(detector, (str, Path)) else detector
+        network, recipe = _load_network(path, config, threads)
+        calibration = calibration_beside(path)
+        return cls(network, recipe, device=device, flip_test=flip_test, detector=finder, calibration=calibration)
 
-    def __call__(self, image: Image, boxes_xyxy: np.ndarray | Sequence[Sequence[float]] | None = None) -> Poses:
-        """The poses of one picture.
+    @overload
+    def __call__(self, images: Image, boxes: Boxes | None = None) -> Poses: ...
+
+    @overload
+    def __call__(
+        self, images: list[Image] | tuple[Image, ...], boxes: Sequence[Boxes | None] | None = None
+    ) -> list[Poses]: ...
+
+    @overload
+    def __call__(self, images: Iterator[Image], boxes: Iterable[Boxes | None] | None = None) -> Iterator[Poses]: ...
+
+    def __call__(self, images, boxes=None):  # type: ignore[no-untyped-def]  # the overloads say it
+        """The poses of a picture, of a list of pictures, or, as they come, of a generator of pictures.
 
         Args:
-            image: file, bytes of a file, or uint8 (H, W, 3) BGR array.
-            boxes_xyxy: (N, 4) boxes of persons in image pixels, or (N, 5) with a score; None: the whole picture.
+            images: a picture is a path, the bytes of a file, uint8 (H, W, 3) **BGR** as OpenCV has it, a tensor
+                (3, H, W) **RGB** (uint8, or floats from 0 to 1), or a picture of Pillow.
+            boxes: of the picture's persons, (N, 4) x0, y0, x1, y1 in image pixels, or (N, 5) with a score; for several
+                pictures as many of these. None: those the detector finds; without a detector the whole picture.
+
+        Returns: `Poses`; for a list a list of them, for a generator a generator.
 
         Raises:
             FileNotFoundError: there is no such picture.
             ValueError: it cannot be decoded, or the boxes are not boxes.
         """
-        return self.predict_many([image], [boxes_xyxy])[0]
+        if isinstance(images, (list, tuple)):
+            boxes = [None] * len(images) if boxes is None else boxes
+            if len(boxes) != len(images):
+                raise ValueError(f"boxes: {len(boxes)} for {len(images)} pictures; give one entry a picture, or None.")
+            return self.predict_many(images, boxes)
+        if isinstance(images, Iterator):
+            return self._predict_stream(images, itertools.repeat(None) if boxes is None else iter(boxes))
+        return self.predict_many([images], [boxes])[0]
 
-    def predict_many(
-        self, images: Iterable[Image], boxes_xyxy: Iterable[np.ndarray | Sequence[Sequence[float]] | None]
-    ) -> list[Poses]:
+    def predict_many(self, images: Iterable[Image], boxes: Iterable[Boxes | None]) -> list[Poses]:
         """The poses of several pictures; crops of different pictures share batches.
 
         Args:
             images: see `__call__`.
-            boxes_xyxy: as many entries, see `__call__`.
+            boxes: as many entries, see `__call__`.
         """
-        crops, people = [], []
-        for image, boxes in zip(images, boxes_xyxy, strict=True):
+        crops: list[np.ndarray] = []
+        people = []
+        for image, wanted in zip(images, boxes, strict=True):
             pixels = read_image(image)
-            size = pixels.shape[1], pixels.shape[0]
-            corners, box_scores = check_boxes(boxes, size)
-            center, scale = box_to_center_scale(corners, self.config.augmentation.box_padding)
-            scale = fix_aspect_ratio(scale, self.config.model.input_size)
+            if wanted is None and self.detector is not None:
+                wanted = self.detector(pixels)
+            corners, box_scores = check_boxes(wanted, (pixels.shape[1], pixels.shape[0]))
+            center, scale = box_to_center_scale(corners, self.recipe.box_padding)
+            scale = fix_aspect_ratio(scale, self.recipe.input_size)
             crops += [self._crop(pixels, c, s) for c, s in zip(center, scale, strict=True)]
-            people.append((size, corners, box_scores, center, scale))
+            people.append((pixels, corners, box_scores, center, scale))
         keypoints, scores = self._predict_crops(crops)
         poses, start = [], 0
-        for size, corners, box_scores, center, scale in people:
+        for pixels, corners, box_scores, center, scale in people:
             rows = slice(start, start := start + len(corners))
-            moved = crop_to_image(keypoints[rows], center, scale, self.config.model.input_size)
-            threshold = self.config.evaluate.keypoint_score_threshold
-            poses.append(
-                Poses(
-                    keypoints=moved.astype(np.float32),
-                    scores=scores[rows],
-                    person_scores=person_scores(box_scores, scores[rows], threshold),
-                    bbox_xyxy=corners,
-                    image_size=size,
-                )
-            )
+            moved = crop_to_image(keypoints[rows], center, scale, self.recipe.input_size)
+            poses.append(self._poses(pixels, moved, scores[rows], corners, box_scores))
         return poses
 
-    def draw(self, image: Image, poses: Poses, **options: Any) -> np.ndarray:
-        """The picture with the poses on it, uint8 (H, W, 3) BGR; options of `draw_poses`."""
-        return draw_poses(read_image(image), poses.keypoints, poses.scores, self.keypoint_set, **options)
+    def _predict_stream(self, images: Iterator[Image], boxes: Iterator[Boxes | None]) -> Iterator[Poses]:
+        while group := list(itertools.islice(images, PICTURES_AT_ONCE)):
+            wanted = list(itertools.islice(boxes, len(group)))
+            if len(wanted) < len(group):
+                raise ValueError("boxes: they end before the pictures do; give one entry a picture, or None.")
+            yield from self.predict_many(group, wanted)
+
+    def _poses(
+        self, image: np.ndarray, keypoints: np.ndarray, raw: np.ndarray, corners: np.ndarray, box_scores: np.ndarray
+    ) -> Poses:
+        if self.calibration is None:
+            scores = np.clip(raw, 0, 1)
+        else:
+            scores = self.calibration.probabilities(raw, self.keypoint_set)
+        counts = raw > self.recipe.keypoint_score_threshold
+        mean = np.where(counts, scores, 0).sum(axis=1, dtype=np.float64) / np.maximum(counts.sum(axis=1), 1)
+        return Poses(
+            keypoint_set=self.keypoint_set,
+            keypoints=keypoints.astype(np.float32),
+            scores=scores,
+            raw_scores=raw,
+            person_scores=np.clip(box_scores, 0, 1) * mean,
+            raw_person_scores=person_scores(box_scores, raw, self.recipe.keypoint_score_threshold),
+            bbox_xyxy=corners,
+            box_scores=box_scores,
+            image_size=(image.shape[1], image.shape[0]),
+            calibrated=self.calibration is not None,
+            image=image,
+        )
 
     def _crop(self, pixels: np.ndarray, center: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        matrix = crop_matrix(center, scale, 0.0, self.config.model.input_size)
-        return crop_image(pixels, matrix, self.config.model.input_size)[..., ::-1]  # RGB
+        matrix = crop_matrix(center, scale, 0.0, self.recipe.input_size)
+        return crop_image(pixels, matrix, self.recipe.input_size)[..., ::-1]  # RGB
 
     def _predict_crops(self, crops: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Crop pixels (N, K, 2) and scores (N, K)."""
-        num_keypoints, batch = len(self.keypoint_set), self.config.evaluate.batch
+        num_keypoints, batch = len(self.keypoint_set), self.recipe.batch
         keypoints = np.zeros((len(crops), num_keypoints, 2), dtype=np.float32)
         scores = np.zeros((len(crops), num_keypoints), dtype=np.float32)
         for start in range(0, len(crops), batch):
@@ -209,48 +219,22 @@ class Predictor:
         return keypoints, scores
 
 
-def read_image(image: Image) -> np.ndarray:
-    """Pixels of a picture, turned as its EXIF says: uint8 (H, W, 3) BGR.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no picture OpenCV can decode, too large (`MAX_MEGAPIXELS`), or an array of another kind.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"picture: expected a uint8 (H, W, 3) BGR array, got {image.dtype} {image.shape}.")
-        return image
-    name = "picture" if isinstance(image, bytes) else os.fsencode(image).decode("utf-8", "backslashreplace")
-    if isinstance(image, bytes):
-        content = image
-    else:
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"{name}: no such picture.")
-        content = Path(image).read_bytes()
-    width, height = _declared_size(content)
-    if width * height > MAX_MEGAPIXELS * 1e6:
-        raise ValueError(f"{name}: {width} x {height} pixels, allowed are {MAX_MEGAPIXELS} million. Make it smaller.")
-    try:
-        pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR) if content else None
-    except cv2.error as err:  # more pixels than OpenCV takes
-        raise ValueError(f"{name}: OpenCV refuses to decode it ({err.err}). Give a smaller picture.") from err
-    if pixels is None:
-        raise ValueError(f"{name}: OpenCV cannot decode these {len(content)} bytes. Give a JPEG, PNG, WebP or BMP.")
-    return pixels
+def _load_network(path: Path, config: Config | None, threads: int) -> tuple[nn.Module, Config | Recipe]:
+    if path.suffix == ".onnx":
+        session = open_session(path, threads)
+        metadata = session.get_modelmeta().custom_metadata_map
+        if META_KEY in metadata and CONFIG_KEY not in metadata:
+            public = PublicOnnxModel(session, path)
+            return public, public.recipe
+        exported = OnnxModel(path, threads=threads)
+        return exported, exported.config
+    if config is None and (preset := preset_of(path)):
+        config = load_preset(preset)
+    model = load_checkpoint(path, config)
+    return model, model.config
 
 
-def _declared_size(content: bytes) -> tuple[int, int]:
-    """(width, height) that a JPEG or PNG says it has; (0, 0) if it says nothing, or is of another format."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) >= 24:
-        return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    with contextlib.suppress(DataError):
-        return jpeg_size(content)
-    return 0, 0
-
-
-def check_boxes(
-    boxes: np.ndarray | Sequence[Sequence[float]] | None, image_size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+def check_boxes(boxes: Boxes | None, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Boxes of persons as they are used.
 
     Args:

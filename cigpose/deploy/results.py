@@ -1,6 +1,7 @@
 """The folder that `cigpose predict` writes, and how it is told from every other folder.
 
-    cigpose-predict.json    what was asked for: model, options, sources; at the end the pictures and their ids
+    cigpose-predict.json    what was asked for: model, options, sources; at the end the pictures, their ids, the names
+                            of the keypoints: a COCO file without annotations, with which `loadRes` takes poses.json
     poses.jsonl             a record per picture, as they are done
     poses.json              all of them as a COCO result file, at the end
     <video>.jsonl, .json    the same for each video; image_id is the frame, from 0
@@ -23,17 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from cigpose.deploy.poses import pose_entry
 from cigpose.deploy.sources import MANIFEST, utf8
-from cigpose.evaluate.coco import result_entry
 from cigpose.files.atomic import claimed, write_json, written_file
 from cigpose.keypoints import KeypointSet
 
 DEFAULT = Path("predictions")
 DRAWN = "drawn"
 _LOCK = ".cigpose-predict.lock"
-_WRITTEN_BY, _ASKED, _FOUND = "written_by", "asked", ("images", "videos", "skipped", "keypoint_set", "keypoints")
+_WRITTEN_BY, _ASKED = "written_by", "asked"
+_FOUND = ("model", "images", "annotations", "categories", "videos", "skipped", "keypoint_set", "keypoints")
 _PART = re.compile(r"\.[0-9a-f]{8}\.part$")  # cigpose.files.atomic
 _SHOWN_FILES = 3
 
@@ -166,8 +166,7 @@ def write_pose_results(path: Path, records: Iterable[tuple[int, Mapping[str, Any
         count = 0
         for image_id, record in records:
             for person in record["persons"]:
-                detection, box = np.array(person["keypoints"]), np.array(person["bbox_xyxy"])
-                entry = result_entry(image_id, detection, person["score"], box, keypoint_set)
+                entry = pose_entry(image_id, person, keypoint_set)
                 file.write(",\n" if count else "\n")
                 file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False))
                 count += 1

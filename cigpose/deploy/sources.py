@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"}
+
+STDIN = "-"
+_BEGINNINGS = {  # of pictures' files
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"BM": ".bmp",
+    b"RIFF": ".webp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
 
 MANIFEST = "cigpose-predict.json"
 """The file by which a folder of results is known."""
@@ -49,6 +61,59 @@ class Media:
 def utf8(path: str | Path) -> str:
     """A path as UTF-8 text: bytes that are none are written as backslash escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def find_arguments(given: Sequence[str], stdin: Callable[[], bytes], folder: Path) -> tuple[list[Path], list[str]]:
+    """The files and folders that the arguments mean.
+
+    Args:
+        given: paths; patterns such as `holiday/*.jpg` or `**/*.png` (of pictures and videos; of folders where there
+            are none), if no file has that name; and `-`: what
+            comes in at standard input is a picture, or else the names of files, folders and patterns, a line each.
+        stdin: reads standard input to its end.
+        folder: where a picture from standard input is put, as `stdin.jpg`.
+
+    Returns: the paths, and what makes the same arguments again: paths and patterns in full, and the picture's digest.
+
+    Raises:
+        FileNotFoundError: nothing has a pattern's form.
+        ValueError: standard input is neither a picture nor names.
+    """
+    paths, asked = [], []
+    for item in given:
+        if item != STDIN:
+            found, name = _meant(item)
+            paths += found
+            asked.append(name)
+            continue
+        content = stdin()
+        ending = next((ending for start, ending in _BEGINNINGS.items() if content.startswith(start)), None)
+        if ending:
+            paths.append(folder / f"stdin{ending}")
+            paths[-1].write_bytes(content)
+            os.utime(paths[-1], (0, 0))  # the same bytes are the same picture
+            asked.append(f"{STDIN}:{hashlib.sha256(content).hexdigest()}")
+            continue
+        lines = [os.fsdecode(line) for line in content.splitlines() if line.strip()]
+        if not lines or b"\0" in content:
+            raise ValueError("standard input: neither a picture nor names of files, a line each.")
+        for line in lines:
+            found, name = _meant(line)
+            paths += found
+            asked.append(name)
+    return paths, asked
+
+
+def _meant(text: str) -> tuple[list[Path], str]:
+    path = Path(text)
+    if os.path.lexists(path) or not glob.has_magic(text):
+        return [path], utf8(path.resolve())
+    found = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
+    known = [name for name in found if name.suffix.lower() in PICTURES | VIDEOS and not name.is_dir()]
+    known = known or [name for name in found if name.is_dir()]  # not both: `**` gives a folder and what is in it
+    if not known:
+        raise FileNotFoundError(f"{utf8(text)}: no picture, folder or video has a name of this form.")
+    return known, utf8(os.path.abspath(text))
 
 
 def find_media(sources: Sequence[Path]) -> Media:

@@ -40,6 +40,15 @@ class Job:
         return self.expected.bytes or self.source.about_bytes
 
 
+def mirrored(url: str, mirror: str | None) -> str:
+    """The address to ask for a public one: <mirror>/<host>/<path> with a mirror."""
+    parts = urlsplit(url)
+    if mirror is None or parts.netloc == urlsplit(mirror).netloc:
+        return url
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{mirror.rstrip('/')}/{parts.netloc}{parts.path}{query}"
+
+
 class Fetcher:
     """Fetches files, several at a time."""
 
@@ -144,12 +153,7 @@ class Fetcher:
         return replace(self.patience, max_attempts=min(attempts, self.patience.max_attempts))
 
     def _mirrored(self, url: str) -> str:
-        """The address to ask: <mirror>/<host>/<path> with a mirror."""
-        parts = urlsplit(url)
-        if self.options.mirror is None or parts.netloc == urlsplit(self.options.mirror).netloc:
-            return url
-        query = f"?{parts.query}" if parts.query else ""
-        return f"{self.options.mirror.rstrip('/')}/{parts.netloc}{parts.path}{query}"
+        return mirrored(url, self.options.mirror)
 
     def _host(self, url: str) -> str:
         return host_of(self._mirrored(url))

@@ -11,7 +11,6 @@ The raw folder's is a function of the files alone: no dates, no hosts of the day
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from cigpose.download.drive import drive_id, is_drive
 from cigpose.download.http import Patience, TransferError, get_text
 from cigpose.download.integrity import Digests, Expected
 from cigpose.download.sources import SourceFile
+from cigpose.files.atomic import clear_leftovers, write_text
 
 MANIFEST = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,18 +52,13 @@ def entry_of(source: SourceFile, digests: Digests) -> Entry:
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry]) -> None:
-    """Write manifest.json, at once or not at all, and only if it says something new."""
+    """Write manifest.json, at once or not at all, and only if it says something new; for the folder's one download."""
     files = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.file)]
     text = json.dumps({"format": 1, "files": files}, indent=1) + "\n"
     target = folder / MANIFEST
-    if target.is_file() and target.read_text(encoding="utf-8") == text:
-        return
-    temporary = folder / f".{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    clear_leftovers(target)
+    if not target.is_file() or target.read_text(encoding="utf-8") != text:
+        write_text(target, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:

@@ -10,7 +10,6 @@ with the right bytes, and only with the right ones.
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from cigpose.download.http import (
     open_file,
 )
 from cigpose.files.addresses import host_of
+from cigpose.files.atomic import sync, write_json
 
 
 class StoppedError(Exception):
@@ -74,9 +74,7 @@ class PartialFile:
         self.discard()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        temporary = self._record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(origin)), encoding="utf-8")
-        temporary.replace(self._record)
+        write_json(self._record, asdict(origin))
 
     def discard(self) -> None:
         """Forget the bytes."""
@@ -85,14 +83,9 @@ class PartialFile:
 
     def place(self, target: Path) -> None:
         """Give the whole file its name, safe against a loss of power."""
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(self.path)
         self.path.replace(target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(target.parent)
         self._record.unlink(missing_ok=True)
 
 

@@ -16,13 +16,14 @@ from torch import nn
 
 from cigpose.config import Config
 from cigpose.evaluate.coco import evaluate_predictions
-from cigpose.evaluate.ground_truth import GroundTruth, parse_ground_truth
+from cigpose.evaluate.ground_truth import GroundTruth
+from cigpose.evaluate.labels import dataset_truth, open_shards
 from cigpose.evaluate.predict import predict
 from cigpose.evaluate.predictions import Predictions
-from cigpose.files.cache import ShardCache
 from cigpose.loader.batches import eval_loader
+from cigpose.loader.samples import read_record, read_shard
 from cigpose.loader.shards import ShardSet
-from cigpose.loader.stream import decode_sample, read_record, read_shard
+from cigpose.loader.stream import decode_sample
 from cigpose.model.device import choose_device
 from cigpose.model.weights import load_checkpoint
 from cigpose.progress import progress
@@ -123,6 +124,19 @@ def evaluate_model(
     return Evaluation(metrics=metrics, predictions=predictions, truth=truth, config=config, seconds=seconds)
 
 
+def measure(model: nn.Module, config: Config, *, shards_root: Path = Path("data/shards")) -> dict[str, float]:
+    """`<part>/<figure>` -> value of a network, exported ones too, on `config.data.val` by `config.evaluate`.
+
+    Raises:
+        FileNotFoundError: shards or ground truth are missing.
+        ValueError: they do not fit, or a person was not predicted exactly once.
+    """
+    shards = open_shards(config, config.data.val, shards_root)
+    predictions = predict_share(model, config, shards, shards_root, torch.device("cpu"), 0, 1)
+    refuse_incomplete(predictions, shards, config)
+    return evaluate_predictions(predictions, dataset_truth(shards, config), config.keypoint_set, config.evaluate)
+
+
 def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
     """The model's configuration with the dataset, the protocol, the robustness and the registry of another.
 
@@ -142,29 +156,6 @@ def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
         registry=evaluation.registry,
         robustness=evaluation.robustness,
     )
-
-
-def open_shards(config: Config, dataset: str, root: Path) -> ShardSet:
-    """The shards of one dataset, wherever they lie."""
-    options = config.train.loader
-    cache = ShardCache(options.cache, options.cache_gb)
-    return ShardSet.open(dataset, root, config.data.locations, cache=cache)
-
-
-def dataset_truth(shards: ShardSet, config: Config) -> GroundTruth:
-    """The labels beside the shards of a dataset.
-
-    Raises:
-        ValueError: the dataset was sharded without ground truth, or it is not the one that was written.
-    """
-    found = shards.ground_truth()
-    if found is None:
-        raise ValueError(
-            f"{shards.address}: has no ground truth. Set data.datasets.{shards.dataset}.ground_truth: true in "
-            "params.yaml and run `dvc repro shard`."
-        )
-    place, text = found
-    return parse_ground_truth(text, config.keypoint_set, area=config.evaluate.area, where=place)
 
 
 def predict_share(

@@ -84,8 +84,8 @@ class Predictions:
             raise ValueError(f"predictions: cannot join sets of {sorted(counts)} keypoints.")
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
 
-    def select(self, rows: np.ndarray) -> Predictions:
-        """The rows given by an index or a mask, in the order of the index."""
+    def select(self, rows: np.ndarray | slice) -> Predictions:
+        """The rows given by an index, a mask or a slice, in the order of the index."""
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in FIELDS})
 
     def save(self, path: str | Path) -> Path:

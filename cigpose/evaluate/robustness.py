@@ -22,10 +22,10 @@ from torch import nn
 
 from cigpose.config import Config
 from cigpose.config.outcome import CROP_SHIFT
-from cigpose.evaluate.checkpoint import dataset_truth, open_shards
 from cigpose.evaluate.coco import run_parts, score_persons
 from cigpose.evaluate.corruptions import SHIFT_SHARES, corrupted
 from cigpose.evaluate.ground_truth import GroundTruth
+from cigpose.evaluate.labels import dataset_truth, open_shards
 from cigpose.evaluate.matches import Matches, resampled_images
 from cigpose.evaluate.paired import PairedDifference, compare_paired, paired_table
 from cigpose.evaluate.predict import predict

@@ -4,7 +4,8 @@
     <folder>/<sha256>.lock        of the process that fetches it
     <folder>/<sha256>.held.lock   shared by those that read it; who removes it must have it alone
 
-A tar's name is its sha256, so a new version of a dataset never meets an old file.
+A tar's name is its sha256, so a new version of a dataset never meets an old file. A copy is made while a reader takes
+the shard's bytes as they come, so nobody waits for a whole shard; with a limit of 0 none is kept.
 
 webdataset has a cache too (`FileCache`, `LRUCleanup`): it does not check what it fetched, goes by the time of the fetch
 and not of the last use, and removes what other processes read. fsspec's has no limit.
@@ -14,21 +15,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import platformdirs
 
-from cigpose.files.addresses import without_credentials
-from cigpose.files.atomic import claimed, clear_leftovers
-from cigpose.files.errors import DataError
-from cigpose.files.objects import fetch_object
+from cigpose.files.atomic import ClaimedError, claimed, clear_leftovers, written_file
+from cigpose.files.objects import stream_object
 
 GB = 10**9
+
+
+class _OtherError(Exception):
+    """What was fetched is not what was asked for."""
 
 
 class ShardCache:
@@ -36,8 +40,8 @@ class ShardCache:
 
     Args:
         folder: where the copies are; None for the user's cache directory.
-        limit_gb: size beyond which unused copies are removed; None for no limit. What readers hold is never removed,
-            so the cache is larger while they need more than that.
+        limit_gb: size beyond which unused copies are removed; None for no limit, 0 to keep none. What readers hold is
+            never removed, so the cache is larger while they need more than that.
         held: shards that this reader holds, those it asked for last: as many as it may still open by their path.
     """
 
@@ -53,44 +57,66 @@ class ShardCache:
         for descriptor in getattr(self, "_locks", {}).values():
             os.close(descriptor)
 
-    def shard(self, address: str, sha256: str, size: int) -> Path:
-        """The copy of a shard, fetched if it is not there; other processes that want it wait for the first one.
+    def find(self, sha256: str, size: int) -> Path | None:
+        """The copy of a shard, if there is one; it is held then, and counts as used.
 
         Args:
-            address: of the tar.
-            sha256: what its content must have.
+            sha256: of the shard.
             size: its bytes.
-
-        Raises:
-            DataError: what the address gives has another sha256.
-            FetchError: it gives nothing.
         """
+        if self._limit == 0:
+            return None
         if self._process != os.getpid():  # after a fork: the parent's locks are the parent's
             self._locks, self._process, self._changing = OrderedDict(), os.getpid(), threading.Lock()
-        path = self.folder / f"{sha256}.tar"
-
-        def is_there() -> bool:
-            return path.is_file() and path.stat().st_size == size
-
-        def check(found: str) -> None:
-            if found != sha256:
-                raise DataError(
-                    f"{without_credentials(address)}: sha256 is {found[:12]}..., index.json says {sha256[:12]}.... The"
-                    " index and the shards there are of different versions: upload the dataset's folder again."
-                )
-
+        path = self._path(sha256)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._changing:
             self._hold(path)
-        if not is_there():
-            with claimed(path.with_suffix(".lock"), "a fetch of this shard", wait=True):
-                if not is_there():
-                    clear_leftovers(path)
-                    self._make_room(size)
-                    fetch_object(address, path, size, check)
+        if not _is_there(path, size):
+            return None
         with suppress(OSError):  # another user's cache may be read
             os.utime(path)
         return path
+
+    def fetch(self, address: str, sha256: str, size: int) -> Iterator[bytes]:
+        """The bytes of a shard as they come. Once all of them were taken, the copy is there, if it is the right shard.
+
+        None is made with a limit of 0, nor while another reader of the same shard makes one: two that wait for each
+        other's shards would wait for ever.
+
+        Args:
+            address: of the tar.
+            sha256: what its content must have to be kept.
+            size: its bytes.
+
+        Raises:
+            FetchError: the address does not give it.
+        """
+        if self._limit == 0:
+            yield from stream_object(address, size)
+            return
+        path = self._path(sha256)
+        claim = claimed(path.with_suffix(".lock"), "a fetch of this shard")
+        try:
+            claim.__enter__()
+        except ClaimedError:
+            yield from stream_object(address, size)
+            return
+        with ExitStack() as stack:
+            stack.push(claim)
+            clear_leftovers(path)
+            self._make_room(size)
+            digest = hashlib.sha256()
+            with suppress(_OtherError), written_file(path) as part, part.open("wb") as file:
+                for chunk in stream_object(address, size):
+                    digest.update(chunk)
+                    file.write(chunk)
+                    yield chunk
+                if digest.hexdigest() != sha256:
+                    raise _OtherError
+
+    def _path(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.tar"
 
     def _hold(self, path: Path) -> None:
         """Keep a shard from being removed, and let go of the one that was asked for longest ago."""
@@ -122,6 +148,10 @@ class ShardCache:
                 if excess <= 0:
                     return
                 excess -= num_bytes if _remove_unheld(path) else 0
+
+
+def _is_there(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _shards_of(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -61,6 +61,33 @@ def read_object(address: str, largest: int) -> bytes:
     return _retry(lambda: b"".join(_chunks(address, largest)))
 
 
+def stream_object(address: str, largest: int) -> Iterator[bytes]:
+    """The bytes of a file of at most `largest`, in pieces, as they come.
+
+    A transfer that breaks off is begun again, and what was given already is passed over. Who must know that all of it
+    is of one version takes its sha256.
+
+    Raises:
+        MissingError, FileNotFoundError: nothing is there.
+        FetchError: the address does not give it, also after several attempts in which nothing more came, or gives more.
+    """
+    given = 0
+    chunks: Iterator[bytes] | None = None
+
+    def next_chunk() -> bytes | None:
+        nonlocal chunks
+        chunks = chunks or _behind(_chunks(address, largest), given)
+        try:
+            return next(chunks, None)
+        except TemporaryFetchError:
+            chunks = None
+            raise
+
+    while (chunk := _retry(next_chunk)) is not None:
+        given += len(chunk)
+        yield chunk
+
+
 def fetch_object(address: str, target: Path, largest: int, check: Callable[[str], None] = lambda sha256: None) -> None:
     """Copy a file of at most `largest` bytes to a local path, whole or not at all.
 
@@ -161,15 +188,25 @@ def _writable(address: str) -> Path:
 
 def _chunks(address: str, largest: int) -> Iterator[bytes]:
     """The bytes of an address, which may be no more than `largest` and must not drip."""
-    begin, received, shown = time.monotonic(), 0, without_credentials(address)
+    received, seconds, shown = 0, 0.0, without_credentials(address)
+    begin = time.monotonic()
     for chunk in _opened(address):
+        seconds += time.monotonic() - begin  # waited for the server, and not for who takes the chunks
         received += len(chunk)
         if received > largest:
             raise FetchError(f"{shown}: gives more than {largest} bytes, which is all that it may. Correct the file.")
-        yield chunk
-        seconds = time.monotonic() - begin
         if is_remote(address) and seconds > TIMEOUT_S and received < LEAST_BYTES_PER_S * seconds:
             raise TemporaryFetchError(f"{shown}: {received} bytes in {seconds:.0f} s, too slow to be waited for.")
+        yield chunk
+        begin = time.monotonic()
+
+
+def _behind(chunks: Iterator[bytes], passed: int) -> Iterator[bytes]:
+    """What comes after the first `passed` bytes."""
+    for chunk in chunks:
+        if len(chunk) > passed:
+            yield chunk[passed:]
+        passed = max(passed - len(chunk), 0)
 
 
 def _opened(address: str) -> Iterator[bytes]:

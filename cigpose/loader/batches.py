@@ -1,42 +1,44 @@
 """Batches of crops from shards, in an order that (seed, epoch, rank, world) alone decides.
 
-`plan` says which person goes where in which batch; here pictures are read in arrival order, each decoded once for all
-of its persons, and every crop is written straight to its place in a batch to come. Those unfinished batches are the
-shuffle buffer: about `shuffle_buffer` crops are held.
+`plan` says which person goes where in which batch; `feed` reads the pictures when they are due. Here each is decoded
+once for all of its persons, and every crop is written straight to its place in a batch to come. Those unfinished
+batches are the shuffle buffer: about `shuffle_buffer` crops are held.
 
-Decoding runs in `config.train.loader.processes` processes (0: in the prefetch thread itself), with equal batches for
-any number. A thread keeps `prefetch_batches` finished batches ready, in pinned memory if there is a CUDA device.
+Decoding runs in `config.train.loader.processes` processes (`processes`; 0: in the prefetch thread itself), with equal
+batches for any number. A thread keeps `prefetch_batches` finished batches ready, in pinned memory if there is a CUDA
+device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import queue
+import sys
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from cigpose.config import Config, LoaderConfig
 from cigpose.files.cache import ShardCache
 from cigpose.files.errors import DataError
-from cigpose.loader.crops import CropMaker, Crops, WantedPicture
+from cigpose.loader.crops import CropMaker, Crops
+from cigpose.loader.epochs import Epoch, Epochs
 from cigpose.loader.pixels import check_extra
-from cigpose.loader.plan import RankPlan, Segment, eval_plan, picture_rng, train_plan
-from cigpose.loader.shards import ShardSet, ShardTable
+from cigpose.loader.plan import eval_plan, train_plan
+from cigpose.loader.processes import LoaderProcesses
+from cigpose.loader.samples import DETECTIONS, PERSONS
+from cigpose.loader.shards import ShardSet
 
 Batch = dict[str, Any]
-
-PICTURES_PER_JOB = 8
-"""Pictures a process gets at a time; their crops come back through a pipe."""
+_REFERENCES = 3
+"""To an array in a list of which nobody else knows: the list's, the loop's, the counting's."""
 
 
 def train_loader(
@@ -60,36 +62,38 @@ def train_loader(
 
     Raises:
         DataError: shards that cannot be used; while iterating also a damaged shard or picture.
-        FileNotFoundError: an index or a shard is missing.
+        FileNotFoundError: an index is missing; while iterating also a shard.
         ConfigError: a transform in `config.augmentation` that cannot be used, of whichever stage.
         ValueError: fewer persons than ranks x accumulation steps, or a start beyond the epoch.
     """
-    loader = config.train.loader
     check_extra(config)
-    sets = _open(config, config.data.train, root)
+    epoch_left = _train_epoch(config, _open(config, config.data.train, root), epoch, rank, world, start_batch)
+    return Loader(epoch_left, config.train.loader)
+
+
+def _train_epoch(
+    config: Config, sets: Mapping[str, ShardSet], epoch: int, rank: int, world: int, start_batch: int
+) -> Epoch:
     plan = train_plan(
-        [count for shards in sets.values() for count in shards.counts()],
+        {dataset: shards.counts() for dataset, shards in sets.items()},
         seed=config.seed,
         epoch=epoch,
         rank=rank,
         world=world,
         batch=config.train.batch_per_worker,
         accumulate=config.train.accumulate_steps,
-        buffer=loader.shuffle_buffer,
+        streams=config.train.loader.open_shards,
+        buffer=config.train.loader.shuffle_buffer,
     )
     if not 0 <= start_batch <= len(plan.batch_sizes):
         raise ValueError(f"start_batch is {start_batch}, but the epoch has {len(plan.batch_sizes)} batches.")
-
-    def order(pool: int, num_pictures: int) -> np.ndarray:
-        return picture_rng(config.seed, epoch, rank, pool).permutation(num_pictures)
-
-    return Loader(sets, plan, CropMaker(config, epoch=epoch), loader, start_batch=start_batch, order=order)
+    return Epoch(sets, plan, CropMaker(config, epoch=epoch), start_batch)
 
 
 def eval_loader(
     config: Config, dataset: str, *, rank: int, world: int, root: Path = Path("data/shards"), shift: float = 0.0
 ) -> Loader:
-    """Evaluation batches of one rank: its share of the persons (or detections), in the order of the shards.
+    """Evaluation batches of one rank: its share of the persons (or detections), streams in turn.
 
     Over all ranks every one comes exactly once; shares differ by one at most and may be empty, so the loop over batches
     must hold no collective operation. The last batch may be short.
@@ -103,13 +107,13 @@ def eval_loader(
         shift: cut the crops out so far from where they belong, as a share of the box, each person in its own direction.
 
     Returns: batches as those of `train_loader`, without augmentation, and with `center`, `scale` (B, 2) float32 of the
-        crop in image pixels after padding and aspect fix, `image_id`, `person_id` (B,) int64 (the annotation's id; of a
-        detection its number in the dataset), `bbox_xyxy` (B, 4), `box_score` (B,) float32. Keypoints of detections are
-        not known: 0 and not visible.
+        crop in image pixels after padding and aspect fix, `number` (B,) int64 of the person in the order of the shards,
+        `image_id`, `person_id` (B,) int64 (the annotation's id; of a detection its number), `bbox_xyxy` (B, 4),
+        `box_score` (B,) float32. Keypoints of detections are not known: 0 and not visible.
 
     Raises:
         DataError: shards that cannot be used, or detections wanted where there are none.
-        FileNotFoundError: an index or a shard is missing.
+        FileNotFoundError: an index is missing; while iterating also a shard.
     """
     sets = _open(config, (dataset,), root)
     boxes = config.evaluate.boxes
@@ -118,19 +122,23 @@ def eval_loader(
             f"{sets[dataset].address}: holds no detections, but `boxes` (of evaluate; of train.validation while "
             f"training) is 'detections'. Name a file in data.datasets.{dataset}.detections, or take ground_truth."
         )
-    counts = sets[dataset].counts(detections=boxes == "detections")
-    plan = eval_plan(counts, rank=rank, world=world, batch=config.evaluate.batch)
+    what = DETECTIONS if boxes == "detections" else PERSONS
+    plan = eval_plan(
+        {dataset: sets[dataset].counts(detections=what == DETECTIONS)},
+        rank=rank,
+        world=world,
+        batch=config.evaluate.batch,
+        streams=config.train.loader.open_shards,
+    )
     # The model's own number was chosen for the machine that trained it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = dataclasses.replace(config.train.loader, processes=min(config.train.loader.processes, cores))
-    return Loader(sets, plan, CropMaker(config, epoch=None, boxes=boxes, shift=shift), options)
+    return Loader(Epoch(sets, plan, CropMaker(config, epoch=None, boxes=boxes, shift=shift), what=what), options)
 
 
 def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, ShardSet]:
     options = config.train.loader
-    # Of pictures that are not decoded yet: of the pool at work, the next, the one before, and of the jobs under way.
-    held = 3 * options.open_shards + PICTURES_PER_JOB * (2 * options.processes + 1)
-    cache = ShardCache(options.cache, options.cache_gb, held)
+    cache = ShardCache(options.cache, options.cache_gb, options.open_shards)
     sets = {
         dataset: ShardSet.open(dataset, root, config.data.locations, cache=cache, verify=options.verify)
         for dataset in datasets
@@ -141,147 +149,120 @@ def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, Shar
 
 
 class Loader:
-    """Batches of a plan. Each iteration gives the same ones again."""
+    """The batches of one epoch, or of the rest of one. Each iteration gives the same ones again."""
 
-    def __init__(
-        self,
-        sets: dict[str, ShardSet],
-        plan: RankPlan,
-        maker: CropMaker,
-        options: LoaderConfig,
-        *,
-        start_batch: int = 0,
-        order: Any = None,
-    ) -> None:
-        self.plan = plan
-        self._sets = sets
-        self._maker = maker
-        self._options = options
-        self._start_batch = start_batch
-        self._order = order
-        self._starts = plan.batch_starts
+    def __init__(self, epoch: Epoch, options: LoaderConfig) -> None:
+        self.epoch = epoch
+        self.options = options
 
     def __len__(self) -> int:
         """Batches an iteration gives."""
-        return len(self.plan.batch_sizes) - self._start_batch
+        return self.epoch.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches, in order; loader processes and thread end with the iteration."""
         if len(self) == 0:
             return iter(())
-        return _prefetched(self._batches(), self._options.prefetch_batches)
+        return _prefetched(_batches(Epochs(1, lambda _: self.epoch), self.options), self.options.prefetch_batches)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Put crops in their places; give each batch when it is full and its turn."""
-        filling: dict[int, Batch] = {}
-        missing = self.plan.batch_sizes.copy()
-        turn = self._start_batch
-        for crops in self._crops():
-            batches = np.searchsorted(self._starts, crops.positions, side="right") - 1
-            for i, (batch, position) in enumerate(zip(batches.tolist(), crops.positions, strict=True)):
+
+class TrainLoader:
+    """The batches of a training, epoch after epoch, as `train_loader` gives them one by one.
+
+    Loader processes are started once. At the end of an epoch they go on with the next, whose first batches are ready
+    when it is asked for.
+    """
+
+    def __init__(self, config: Config, *, rank: int, world: int, root: Path = Path("data/shards")) -> None:
+        """Open the shards; arguments and errors are those of `train_loader`."""
+        check_extra(config)
+        self._config = config
+        self._place = (rank, world)
+        self._sets = _open(config, config.data.train, root)
+        self._running: Generator[Batch, None, None] | None = None
+        self._coming: tuple[int, int] | None = None
+        """Epoch and batch that the running iteration gives next."""
+        self.num_batches = len(self._epoch(0).plan.batch_sizes)
+        """Of every epoch."""
+
+    def batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from one of them on, without a wait where they follow those given last."""
+        if self._coming != (epoch, start_batch):
+            self.close()
+        if start_batch >= self.num_batches:
+            return
+        if self._running is None:
+            left = max(self._config.train.epochs - epoch, 1)
+            epochs = Epochs(left, lambda number: self._epoch(epoch + number, 0 if number else start_batch))
+            options = self._config.train.loader
+            self._running = _prefetched(_batches(epochs, options), options.prefetch_batches)
+        self._coming = None
+        for _ in range(start_batch, self.num_batches):
+            yield next(self._running)
+        self._coming = (epoch + 1, 0)
+
+    def _epoch(self, epoch: int, start_batch: int = 0) -> Epoch:
+        return _train_epoch(self._config, self._sets, epoch, *self._place, start_batch)
+
+    def close(self) -> None:
+        """End processes and thread."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._coming = None
+
+
+def _batches(epochs: Epochs, options: LoaderConfig) -> Generator[Batch, None, None]:
+    """The batches of all epochs, made in processes or, with none, here."""
+    cv2.setNumThreads(0)  # processes are the parallelism; OpenCV's own threads would only get in their way
+    if not options.processes:
+        for number in range(epochs.num):
+            yield from _made_here(epochs.epoch(number))
+        return
+    buffers = _Buffers()
+    with closing(LoaderProcesses(epochs, options.processes)) as processes:
+        for rows, keys in processes.batches():
+            yield {**{name: buffers.copy(name, array) for name, array in rows.items()}, "keys": keys}
+
+
+def _made_here(epoch: Epoch) -> Iterator[Batch]:
+    """Put crops in their places; give each batch when it is full and its turn."""
+    starts, missing, turn = epoch.plan.batch_starts, epoch.plan.batch_sizes.copy(), epoch.start_batch
+    filling: dict[int, Batch] = {}
+    with closing(epoch.feed.pictures()) as pictures:
+        for picture in pictures:
+            crops = epoch.make(picture)
+            batches = np.searchsorted(starts, crops.places, side="right") - 1
+            for i, (batch, place) in enumerate(zip(batches.tolist(), crops.places, strict=True)):
                 if batch not in filling:
-                    filling[batch] = _empty_batch(int(self.plan.batch_sizes[batch]), crops)
-                _put(filling[batch], position - int(self._starts[batch]), crops, i)
+                    filling[batch] = _empty_batch(int(epoch.plan.batch_sizes[batch]), crops)
+                _put(filling[batch], place - int(starts[batch]), crops, i)
                 missing[batch] -= 1
             while turn < len(missing) and missing[turn] == 0:
                 yield _to_tensors(filling.pop(turn))
                 turn += 1
-        assert turn == len(missing), f"batch {turn} of {len(missing)} lacks {missing[turn]} persons"
-
-    def _crops(self) -> Iterator[Crops]:
-        """The crops of all jobs, in the order of the jobs."""
-        cv2.setNumThreads(0)  # processes are the parallelism; OpenCV's own threads would only get in their way
-        jobs = _Jobs(self)
-        results: Iterable[Crops | DataError]
-        if self._options.processes == 0:
-            results = (self._maker[job] for job in jobs)
-        else:
-            results = DataLoader(
-                self._maker,  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=jobs,
-                num_workers=self._options.processes,
-                worker_init_fn=_start_process,
-                collate_fn=_same,
-            )
-        for result in results:
-            if isinstance(result, DataError):
-                raise result
-            yield result
-
-    def jobs(self) -> Iterator[list[WantedPicture]]:
-        """Lists of pictures in arrival order, without those whose persons all came before `start_batch`."""
-        first = int(self._starts[self._start_batch])
-        pools = [
-            (number, arrival, segments)
-            for number, (arrival, segments) in enumerate(self.plan.pools(self._options.open_shards))
-            if (self.plan.positions[arrival : arrival + sum(map(len, segments))] >= first).any()
-        ]
-        pictures = itertools.chain.from_iterable(
-            self._pictures(number, arrival, tables, first)
-            for (number, arrival, _), tables in zip(pools, self._tables([p[2] for p in pools]), strict=True)
-        )
-        while job := list(itertools.islice(pictures, PICTURES_PER_JOB)):
-            yield job
-
-    def _tables(self, pools: list[tuple[Segment, ...]]) -> Iterator[list[tuple[Segment, ShardTable]]]:
-        """The pools' shards, opened (fetched, verified, counted) one pool ahead by a thread."""
-        ahead = ThreadPoolExecutor(1, thread_name_prefix="cigpose-shards")
-        try:
-            waiting = [ahead.submit(self._open_pool, pool) for pool in pools[:2]]
-            for pool in [*pools[2:], None, None]:
-                if waiting:
-                    yield waiting.pop(0).result()
-                if pool is not None:
-                    waiting.append(ahead.submit(self._open_pool, pool))
-        finally:
-            ahead.shutdown(wait=False, cancel_futures=True)
-
-    def _open_pool(self, pool: tuple[Segment, ...]) -> list[tuple[Segment, ShardTable]]:
-        return [(segment, self._sets[segment.dataset].table(segment.number)) for segment in pool]
-
-    def _pictures(
-        self, pool: int, arrival: int, tables: list[tuple[Segment, ShardTable]], first_position: int
-    ) -> Iterator[WantedPicture]:
-        """The pictures of a pool in their order, with the persons that are wanted."""
-        entries = [entry for segment, table in tables for entry in _cut_table(segment, table, self._maker.boxes)]
-        order = range(len(entries)) if self._order is None else self._order(pool, len(entries)).tolist()
-        for chosen in order:
-            table, dataset, image, persons = entries[chosen]
-            positions = self.plan.positions[arrival : arrival + len(persons)].tolist()
-            numbers = range(self.plan.first_person + arrival, self.plan.first_person + arrival + len(persons))
-            arrival += len(persons)
-            wanted = [i for i, position in enumerate(positions) if position >= first_position]
-            if wanted:
-                yield WantedPicture(
-                    path=table.path,
-                    dataset=dataset,
-                    key=table.keys[image],
-                    json_extent=tuple(table.json_extents[image].tolist()),
-                    jpeg_extent=tuple(table.jpeg_extents[image].tolist()),
-                    persons=tuple(persons[i] for i in wanted),
-                    positions=tuple(positions[i] for i in wanted),
-                    numbers=tuple(numbers[i] for i in wanted),
-                )
+    assert turn == len(missing), f"batch {turn} of {len(missing)} lacks {missing[turn]} persons"
 
 
-class _Jobs:
-    """What a DataLoader calls a sampler."""
+class _Buffers:
+    """Tensors that are copies, in memory that is used again: fresh memory would cost more than the copy."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self) -> None:
+        self._is_pinned = torch.cuda.is_available()
+        self._arrays: dict[str, list[np.ndarray]] = {}
 
-    def __iter__(self) -> Iterator[list[WantedPicture]]:
-        return self._loader.jobs()
-
-
-def _cut_table(segment: Segment, table: ShardTable, boxes: str) -> list[tuple[ShardTable, str, int, range]]:
-    """(table, dataset, image, places of its persons) of every image that has persons in the segment."""
-    counts = table.detections if boxes == "detections" else table.persons
-    ends = np.cumsum(counts)
-    first = np.maximum(segment.first - (ends - counts), 0).tolist()
-    last = np.minimum(segment.last - (ends - counts), counts).tolist()
-    return [(table, segment.dataset, i, range(a, b)) for i, (a, b) in enumerate(zip(first, last, strict=True)) if a < b]
+    def copy(self, name: str, rows: np.ndarray) -> torch.Tensor:
+        """A tensor of its own, pinned if there is a CUDA device: torch keeps such memory until its use there ends."""
+        shared = torch.from_numpy(rows)
+        if self._is_pinned:
+            return torch.empty_like(shared, pin_memory=True).copy_(shared)
+        arrays = self._arrays.setdefault(name, [])
+        # As long as a tensor of an earlier batch lives, its array is held by more than the list and this loop.
+        free = (a for a in arrays if len(a) >= len(rows) and sys.getrefcount(a) <= _REFERENCES)
+        array = next(free, None)
+        if array is None:
+            array = np.empty_like(rows)
+            arrays.append(array)
+        return torch.from_numpy(array[: len(rows)]).copy_(shared)
 
 
 def _empty_batch(size: int, crops: Crops) -> Batch:
@@ -309,16 +290,7 @@ def _to_tensors(batch: Batch) -> Batch:
     return tensors
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
-def _start_process(_: int) -> None:
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-def _prefetched(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def _prefetched(source: Generator[Batch, None, None], depth: int) -> Generator[Batch, None, None]:
     """The items of `source`, made by a thread up to `depth` ahead. Its errors are raised here."""
     ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(max(depth, 1))
     stop = threading.Event()
@@ -341,7 +313,7 @@ def _prefetched(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
         except BaseException as err:
             put(None, err)
         finally:
-            source.close()  # type: ignore[attr-defined]
+            source.close()
 
     thread = threading.Thread(target=work, name="cigpose-loader", daemon=True)
     thread.start()

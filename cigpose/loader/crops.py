@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,7 +17,8 @@ from cigpose.crop import box_to_center_scale, crop_image, fix_aspect_ratio, tran
 from cigpose.files.errors import DataError
 from cigpose.loader.augment import PersonBox, augment_person, person_matrix
 from cigpose.loader.pixels import PixelAugmentation
-from cigpose.loader.shards import AGAIN, ShardFiles
+from cigpose.loader.samples import read_record
+from cigpose.loader.shards import AGAIN
 
 _REDUCED = {
     1: getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR),  # from OpenCV 4.11 on
@@ -33,30 +33,36 @@ _REDUCED = {
 class WantedPicture:
     """An image of a shard and the persons wanted of it."""
 
-    path: Path
-    """The tar."""
     dataset: str
-    key: str
-    json_extent: tuple[int, int]
-    jpeg_extent: tuple[int, int]
+    shard: int
+    """Its position in the dataset's index."""
+    sample: dict[str, Any]
+    """As webdataset gives it: `__key__`, `__url__`, `jpg` and `json` bytes."""
     persons: tuple[int, ...]
     """Their places in the record."""
-    positions: tuple[int, ...]
+    slots: tuple[int, ...]
+    """When they are due."""
+    places: tuple[int, ...]
     """Their places in the rank's epoch."""
     numbers: tuple[int, ...]
     """Their numbers in the order of the whole dataset or epoch."""
 
     @property
+    def key(self) -> str:
+        """The image's key."""
+        return str(self.sample["__key__"])
+
+    @property
     def where(self) -> str:
         """The image as messages name it."""
-        return f"{self.path}: {self.key}.jpg"
+        return f"{self.sample['__url__']}: {self.key}.jpg"
 
 
 @dataclass(slots=True)
 class Crops:
     """Persons cut out of some pictures, in no batch yet. N persons."""
 
-    positions: list[int]
+    places: list[int]
     arrays: dict[str, np.ndarray]
     """Batch field -> (N, ...)."""
     keys: list[str]
@@ -78,8 +84,7 @@ class _Rows:
 class CropMaker:
     """Cuts the persons of pictures out: augmented for training, plain for evaluation.
 
-    Whatever is random depends on (seed, epoch, dataset, image, person) alone. Indexed by a list of pictures, so that a
-    `torch.utils.data.DataLoader` can hand lists to processes.
+    Whatever is random depends on (seed, epoch, dataset, image, person) alone.
     """
 
     def __init__(self, config: Config, *, epoch: int | None, boxes: str = "ground_truth", shift: float = 0.0) -> None:
@@ -99,19 +104,26 @@ class CropMaker:
         self.epoch = epoch
         self.boxes = boxes
         self.shift = shift
-        self._files = ShardFiles()
         self._pixels: PixelAugmentation | None = None
         self.stage: AugmentationStage | None = None
         if epoch is not None:
             stages = config.augmentation
             self.stage = stages.stage1 if epoch < stages.stage2_from_epoch else stages.stage2
 
-    def __getitem__(self, pictures: list[WantedPicture]) -> Crops | DataError:
-        """The crops of some pictures; a data error is returned, so that it crosses processes as it is."""
-        try:
-            return self.make(pictures)
-        except DataError as err:
-            return err
+    def fields(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Name -> (dtype, shape of one person) of what crops have."""
+        width, height = self.input_size
+        num = len(self.keypoint_set)
+        found: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "crops": (np.uint8, (height, width, 3)),
+            "keypoints": (np.float32, (num, 2)),
+            "visible": (np.float32, (num,)),
+        }
+        if self.stage is None:
+            found |= {name: (np.float32, (2,)) for name in ("center", "scale")}
+            found |= {name: (np.int64, ()) for name in ("number", "image_id", "person_id")}
+            found |= {"bbox_xyxy": (np.float32, (4,)), "box_score": (np.float32, ())}
+        return found
 
     def make(self, pictures: list[WantedPicture]) -> Crops:
         """The crops of some pictures.
@@ -130,11 +142,11 @@ class CropMaker:
                 self._train(picture, crops[row:last], rows, self.stage)
             row = last
         arrays = {name: np.stack(values) for name, values in rows.columns.items()}
-        positions = [position for picture in pictures for position in picture.positions]
-        return Crops(positions=positions, arrays={"crops": crops, **arrays}, keys=rows.keys)
+        places = [place for picture in pictures for place in picture.places]
+        return Crops(places=places, arrays={"crops": crops, **arrays}, keys=rows.keys)
 
     def _train(self, picture: WantedPicture, out: np.ndarray, rows: _Rows, stage: AugmentationStage) -> None:
-        record = self._files.record(picture.path, picture.json_extent)
+        record = read_record(picture.sample)
         keys = [f"{picture.dataset}/{picture.key}#{record['persons'][i]['id']}" for i in picture.persons]
         rngs = [self.generator(key) for key in keys]
         persons = [
@@ -150,7 +162,7 @@ class CropMaker:
             rows.add(keys[i], keypoints=points.astype(np.float32), visible=visible)
 
     def _evaluate(self, picture: WantedPicture, out: np.ndarray, rows: _Rows) -> None:
-        record = self._files.record(picture.path, picture.json_extent)
+        record = read_record(picture.sample)
         detected = self.boxes == "detections"
         persons = [self._person(record, i) for i in picture.persons]
         if self.shift:
@@ -166,6 +178,7 @@ class CropMaker:
                 visible=person.visible,
                 center=person.center,
                 scale=fix_aspect_ratio(person.scale, self.input_size).astype(np.float32),
+                number=np.int64(number),
                 image_id=np.int64(record["image_id"]),
                 person_id=np.int64(person_id),
                 bbox_xyxy=np.asarray(entry["bbox_xyxy"], dtype=np.float32),
@@ -200,7 +213,7 @@ class CropMaker:
         matrices = [person_matrix(person, self.input_size) for person in persons]
         size = (int(record["width"]), int(record["height"]))
         factor = _reduction(matrices) if self.scaled_decode else 1
-        image = decode_picture(picture.where, self._files.read(picture.path, picture.jpeg_extent), factor, size)
+        image = decode_picture(picture.where, picture.sample["jpg"], factor, size)
         for person, matrix, crop in zip(persons, matrices, out, strict=True):
             if factor > 1:
                 matrix = reduced_matrix(matrix, factor, size[0], image.shape[1], person.mirrored)

@@ -2,14 +2,17 @@
 
 An epoch is planned before anything is read, as a function of (seed, epoch, rank, world) and the shards' counts:
 
-1. The shards of all datasets are permuted. Their persons, end to end, are cut into one contiguous range per rank, so a
-   shard may be shared by ranks, at a person (`Segment`).
-2. A rank reads its segments in *pools* of a few shards; the pictures of a pool come in random order (`loader`), each
-   with all of its persons. Numbering persons as they come gives their *arrival* 0, 1, 2, ...
-3. Arrivals pass a shuffle buffer. Which arrival leaves it when needs no pictures to be known: `shuffled_positions`.
+1. The shards of all datasets are permuted. Their persons, end to end, are cut into one contiguous range per rank, and
+   each range into S contiguous *streams* of equal length (within one person). A shard may be shared by streams, at a
+   person (`Segment`).
+2. The streams of a rank are taken in turn, a person of each: the i-th person of stream s has *slot* i S + s of the
+   rank's epoch. So S shards are always mixed, and the persons of one picture lie S slots apart.
+3. Slots pass a shuffle buffer. Which slot leaves it when needs no pictures to be known: `Shuffle`.
 
-Because a person's place in the epoch is known before it is decoded, an epoch can be entered at any batch by skipping
-pictures whose persons all came before it, and the number of processes that decode cannot change a batch.
+Because a person's place in the epoch is known before it is decoded, whoever reads a stream knows where its crops
+belong: the number of processes that read cannot change a batch, and an epoch can be entered at any batch by passing
+over pictures whose persons all came before it. Nothing here is as long as the epoch: segments are as many as the rank's
+shards, and the buffer's order is worked out a few thousand slots at a time.
 
 A training epoch holds every person exactly once. All batches are full but those of the last optimiser step, which share
 what is left evenly; a rest too small to give every rank one person joins the step before (`train_batch_sizes`).
@@ -17,24 +20,20 @@ what is left evenly; a rest too small to give every rank one person joins the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_SHARDS, _PICTURES, _BUFFER = range(3)
+_SHARDS, _BUFFER = 0, 2
 """First number of a generator's seed: what it is used for."""
+_BLOCK = 4096
+"""Fewest slots whose order is worked out at a time."""
 
-
-@dataclass(frozen=True, slots=True)
-class ShardCount:
-    """One shard as the plan sees it."""
-
-    dataset: str
-    number: int
-    """Position in the dataset's index."""
-    persons: int
-    """Persons, or detections in evaluation on detected boxes."""
+Counts = Mapping[str, np.ndarray]
+"""Dataset -> (N,) persons (or, in evaluation on detected boxes, detections) of each of its shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,7 @@ class Segment:
 
     dataset: str
     number: int
+    """Position of the shard in the dataset's index."""
     first: int
     last: int
 
@@ -50,31 +50,86 @@ class Segment:
         return self.last - self.first
 
 
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What is read in turn with the other streams of a rank."""
+
+    segments: tuple[Segment, ...]
+    first_person: int
+    """Number of its first person in the whole order."""
+
+
+class Shuffle:
+    """Where each slot leaves a shuffle buffer: a permutation of the slots that is never held as a whole.
+
+    Each slot draws how many slots it waits, up to the size of the buffer; they leave in the order of slot plus wait. So
+    none is moved by more than `reach`, and most are by less than half of it. The first waits are short, so that the
+    first batch does not wait for a full buffer.
+    """
+
+    def __init__(self, num_slots: int, buffer: int, seed: Sequence[int]) -> None:
+        """The order of an epoch.
+
+        Args:
+            num_slots: persons of the epoch.
+            buffer: longest wait; 0 keeps the order.
+            seed: of the draws.
+        """
+        self.num_slots = num_slots
+        self.reach = buffer
+        self._start = buffer // 8
+        self._seed = tuple(seed)
+        self._size = max(self.reach, _BLOCK)
+        self._places = functools.lru_cache(maxsize=2)(self._places_of_block)
+        self._times = functools.lru_cache(maxsize=3)(self._times_of_block)
+
+    def __getitem__(self, slots: Sequence[int] | range) -> list[int]:
+        """The places in the epoch of some slots."""
+        if not self.reach:
+            return list(slots)
+        found = (divmod(slot, self._size) for slot in slots)
+        return [int(self._places(block)[i]) for block, i in found]
+
+    def last_slot_of(self, places: int) -> int:
+        """The last of the slots that have the first so many places: when it has come, they all have."""
+        if not self.reach:
+            return places - 1
+        block = min(places - 1 + self.reach, self.num_slots - 1) // self._size
+        found = np.flatnonzero(self._places(block) < places)
+        if not len(found):
+            block -= 1
+            found = np.flatnonzero(self._places(block) < places)
+        return block * self._size + int(found[-1])
+
+    def _places_of_block(self, block: int) -> np.ndarray:
+        """Who leaves before a block's slots is in it, in the blocks beside it, or in those before: all of these."""
+        first = max(block - 1, 0)
+        times = [self._times(number) for number in range(first, block + 2)]
+        ranks = np.argsort(np.argsort(np.concatenate(times), kind="stable"), kind="stable")
+        begin = sum(map(len, times[: block - first]))
+        return first * self._size + ranks[begin : begin + len(times[block - first])]
+
+    def _times_of_block(self, block: int) -> np.ndarray:
+        slots = np.arange(block * self._size, min((block + 1) * self._size, self.num_slots))
+        draws = np.random.default_rng([_BUFFER, *self._seed, block]).random(self._size)
+        return slots + draws[: len(slots)] * np.minimum(self.reach, self._start + slots)
+
+
 @dataclass(frozen=True)
 class RankPlan:
     """What one rank reads, and where each of its persons stands in the epoch."""
 
-    segments: tuple[Segment, ...]
-    first_person: int
-    """Number of the rank's first person in the whole order."""
+    streams: tuple[Stream, ...]
+    num_persons: int
     batch_sizes: np.ndarray
     """(num_batches,) persons of each batch."""
-    positions: np.ndarray
-    """(persons,) place in the rank's output of the i-th person to arrive."""
+    places: Shuffle
+    """Slot -> place in the rank's epoch."""
 
     @property
     def batch_starts(self) -> np.ndarray:
-        """(num_batches + 1,) position of each batch's first person, and the end."""
+        """(num_batches + 1,) place of each batch's first person, and the end."""
         return np.concatenate([[0], np.cumsum(self.batch_sizes)])
-
-    def pools(self, num_shards: int) -> list[tuple[int, tuple[Segment, ...]]]:
-        """The segments in groups of `num_shards`, each with the arrival of its first person."""
-        groups, arrival = [], 0
-        for start in range(0, len(self.segments), num_shards):
-            group = self.segments[start : start + num_shards]
-            groups.append((arrival, group))
-            arrival += sum(map(len, group))
-        return groups
 
 
 def train_batch_sizes(total: int, *, batch: int, world: int, accumulate: int = 1) -> np.ndarray:
@@ -108,50 +163,8 @@ def train_batch_sizes(total: int, *, batch: int, world: int, accumulate: int = 1
     return sizes.reshape(len(steps) * accumulate, world)
 
 
-def _cut(shards: Sequence[ShardCount], first: int, last: int) -> tuple[Segment, ...]:
-    """The segments that hold persons `first` to `last` of the shards laid end to end."""
-    segments, start = [], 0
-    for shard in shards:
-        begin, end = max(first - start, 0), min(last - start, shard.persons)
-        if begin < end:
-            segments.append(Segment(shard.dataset, shard.number, begin, end))
-        start += shard.persons
-    return tuple(segments)
-
-
-def shuffled_positions(num_persons: int, buffer: int, rng: np.random.Generator) -> np.ndarray:
-    """Where each arrival leaves a shuffle buffer.
-
-    The buffer grows and shrinks by half a person an arrival, from and to an eighth of its size, so that the first batch
-    does not wait for a full buffer and the last one is not far behind the last picture.
-
-    Args:
-        num_persons: number of arrivals.
-        buffer: most persons held at a time; 0 keeps the order.
-        rng: generator of the draws.
-
-    Returns: (num_persons,) int64, a permutation: position of each arrival.
-    """
-    arrivals = np.arange(num_persons)
-    capacity = np.minimum(buffer, buffer // 8 + np.minimum(arrivals, arrivals[::-1]) // 2)
-    draws = rng.random(num_persons)
-    positions = np.empty(num_persons, dtype=np.int64)
-    held: list[int] = []
-    position = 0
-    for arrival, limit in enumerate(capacity.tolist()):
-        held.append(arrival)
-        while len(held) > limit:
-            chosen = int(draws[position] * len(held))
-            held[chosen], held[-1] = held[-1], held[chosen]
-            positions[held.pop()] = position
-            position += 1
-    rng.shuffle(held)
-    positions[held] = np.arange(position, num_persons)
-    return positions
-
-
 def train_plan(
-    shards: Sequence[ShardCount],
+    counts: Counts,
     *,
     seed: int,
     epoch: int,
@@ -159,51 +172,86 @@ def train_plan(
     world: int,
     batch: int,
     accumulate: int,
+    streams: int,
     buffer: int,
 ) -> RankPlan:
     """One rank's part of a training epoch.
 
     Args:
-        shards: all shards of all datasets, in the same order on every rank.
+        counts: persons of all shards, with the datasets in the same order on every rank.
         seed: seed of the run.
         epoch: epoch from 0.
         rank: this worker.
         world: number of workers.
         batch: persons of a full batch.
         accumulate: batches of an optimiser step.
+        streams: shards read side by side.
         buffer: persons held for shuffling.
 
     Raises:
         ValueError: too few persons for one in every batch of a step.
     """
-    permuted = [shards[i] for i in np.random.default_rng([_SHARDS, seed, epoch]).permutation(len(shards))]
-    sizes = train_batch_sizes(sum(s.persons for s in shards), batch=batch, world=world, accumulate=accumulate)
+    shards = _Shards(counts)
+    sizes = train_batch_sizes(shards.total, batch=batch, world=world, accumulate=accumulate)
     ends = np.cumsum(sizes.sum(axis=0)).tolist()
     first, last = ([0, *ends])[rank], ends[rank]
+    shards.permute(np.random.default_rng([_SHARDS, seed, epoch]))
     return RankPlan(
-        segments=_cut(permuted, first, last),
-        first_person=first,
+        streams=shards.cut(first, last, streams),
+        num_persons=last - first,
         batch_sizes=sizes[:, rank],
-        positions=shuffled_positions(last - first, buffer, np.random.default_rng([_BUFFER, seed, epoch, rank])),
+        places=Shuffle(last - first, buffer, (seed, epoch, rank)),
     )
 
 
-def picture_rng(seed: int, epoch: int, rank: int, pool: int) -> np.random.Generator:
-    """The generator that orders the pictures of a pool."""
-    return np.random.default_rng([_PICTURES, seed, epoch, rank, pool])
-
-
-def eval_plan(shards: Sequence[ShardCount], *, rank: int, world: int, batch: int) -> RankPlan:
+def eval_plan(counts: Counts, *, rank: int, world: int, batch: int, streams: int) -> RankPlan:
     """One rank's part of an evaluation: its share of the persons in the order of the files, each exactly once.
 
     Shares differ by at most one person; with more ranks than persons some are empty.
     """
-    total = sum(shard.persons for shard in shards)
-    first, last = total * rank // world, total * (rank + 1) // world
+    shards = _Shards(counts)
+    first, last = shards.total * rank // world, shards.total * (rank + 1) // world
     num = last - first
     return RankPlan(
-        segments=_cut(shards, first, last),
-        first_person=first,
+        streams=shards.cut(first, last, streams),
+        num_persons=num,
         batch_sizes=np.array([min(batch, num - start) for start in range(0, num, batch)], dtype=np.int64),
-        positions=np.arange(num),
+        places=Shuffle(num, 0, ()),
     )
+
+
+class _Shards:
+    """The shards of all datasets, end to end."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._datasets = list(counts)
+        sizes = [len(persons) for persons in counts.values()]
+        self._persons = np.concatenate([np.asarray(persons, dtype=np.int64) for persons in counts.values()])
+        self._dataset = np.repeat(np.arange(len(sizes)), sizes)
+        self._number = np.concatenate([np.arange(size) for size in sizes])
+        self._ends = np.cumsum(self._persons)
+        self.total = int(self._persons.sum())
+
+    def permute(self, rng: np.random.Generator) -> None:
+        order = rng.permutation(len(self._persons))
+        self._persons, self._dataset, self._number = (
+            column[order] for column in (self._persons, self._dataset, self._number)
+        )
+        self._ends = np.cumsum(self._persons)
+
+    def cut(self, first: int, last: int, streams: int) -> tuple[Stream, ...]:
+        """The streams of a rank's persons. The first ones are the longer ones, so that slots have no gaps."""
+        length, longer = divmod(last - first, streams)
+        ends = first + length * np.arange(streams + 1) + np.minimum(np.arange(streams + 1), longer)
+        bounds = itertools.pairwise(ends.tolist())
+        return tuple(Stream(self._segments(a, b), a) for a, b in bounds)
+
+    def _segments(self, first: int, last: int) -> tuple[Segment, ...]:
+        begin, end = np.searchsorted(self._ends, [first, last], side="right") if first < last else (0, 0)
+        found = []
+        for i in range(int(begin), min(int(end) + 1, len(self._ends))):
+            start = int(self._ends[i] - self._persons[i])
+            a, b = max(first - start, 0), min(last - start, int(self._persons[i]))
+            if a < b:
+                found.append(Segment(self._datasets[self._dataset[i]], int(self._number[i]), a, b))
+        return tuple(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 
@@ -9,6 +11,7 @@ from cigpose.config import Config
 from cigpose.draw import draw_poses, label_picture, pack_pictures
 from cigpose.files.errors import DataError
 from cigpose.loader.crops import CropMaker, WantedPicture
+from cigpose.loader.samples import read_persons
 from cigpose.loader.shards import ShardSet
 from cigpose.shard.index import ShardIndex
 
@@ -75,27 +78,24 @@ def _choose(shards: ShardSet, num_persons: int, seed: int) -> list[WantedPicture
     if not filled:
         raise DataError(f"{shards.address}: holds no persons. Shard it again from the right annotations.")
     numbers = rng.permutation(filled)[:MAX_SHARDS].tolist()
-    tables = [shards.table(number) for number in numbers]
-    places = [
-        (table, image, person)
-        for table in tables
-        for image, count in enumerate(table.persons.tolist())
-        for person in range(count)
-    ]
-    chosen = sorted(rng.permutation(len(places))[:num_persons].tolist())
-    return [
-        WantedPicture(
-            path=table.path,
-            dataset=shards.dataset,
-            key=table.keys[image],
-            json_extent=tuple(table.json_extents[image].tolist()),
-            jpeg_extent=tuple(table.jpeg_extents[image].tolist()),
-            persons=(person,),
-            positions=(position,),
-            numbers=(position,),
-        )
-        for position, (table, image, person) in enumerate(places[i] for i in chosen)
-    ]
+    ends = np.cumsum([shards.index.shards[number].persons for number in numbers])
+    chosen = np.sort(rng.permutation(ends[-1])[:num_persons])
+    pictures: list[WantedPicture] = []
+    for number, end in zip(numbers, ends.tolist(), strict=True):
+        start = end - shards.index.shards[number].persons
+        wanted = (chosen[(chosen >= start) & (chosen < end)] - start).tolist()
+        pictures += _pictures_of(shards, number, wanted) if wanted else []
+    return pictures
+
+
+def _pictures_of(shards: ShardSet, number: int, wanted: list[int]) -> Iterator[WantedPicture]:
+    """The image of each of some persons of a shard, who are given by their places in it, in order."""
+    persons = read_persons(shards, number, 0, wanted[-1] + 1)
+    members = ((sample, place) for sample, places in persons for place in places)
+    for person, (sample, place) in enumerate(members):
+        if person in wanted:
+            one = {"persons": (place,), "slots": (person,), "places": (person,), "numbers": (person,)}
+            yield WantedPicture(dataset=shards.dataset, shard=number, sample=sample, **one)
 
 
 def _tile(crop: np.ndarray, keypoints: np.ndarray, visible: np.ndarray, config: Config, text: str) -> np.ndarray:

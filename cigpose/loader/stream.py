@@ -1,28 +1,25 @@
 """The plain way to read shards: a webdataset pipeline of pictures and their persons, for models that are not ours.
 
-Tars are read through, member after member, as webdataset does; every shard is compared with its index before anything
-of it is given, and its samples are counted while they pass. Training has its own loader (`batches`): the same number of
-steps on every rank and a start anywhere in an epoch need more than a stream.
+Tars are read through, member after member, as webdataset does; every shard is compared with its index and its samples
+are counted while they pass. Training reads the same way (`feed`), in an order that is planned: the same number of steps
+on every rank and a start anywhere in an epoch need more than a stream.
 """
 
 from __future__ import annotations
 
 import random
-import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import webdataset as wds
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cigpose.files.cache import ShardCache
-from cigpose.files.errors import DataError
 from cigpose.loader.crops import decode_picture
-from cigpose.loader.shards import AGAIN, ShardSet, check_counts, count_people, open_address
+from cigpose.loader.samples import read_record, read_shard
+from cigpose.loader.shards import ShardSet, open_address
 
 Pair = tuple[np.ndarray, list[dict[str, Any]]]
 
@@ -54,7 +51,7 @@ def stream_pictures(
         cache: folder for remote shards; None: the user's cache directory.
 
     Raises:
-        FileNotFoundError: the index or a shard is missing.
+        FileNotFoundError: the index is missing; while iterating a shard.
         DataError: the index cannot be used; while iterating a shard or picture that is damaged, cut or another one.
         OSError: while iterating, a shard that cannot be fetched.
     """
@@ -78,45 +75,6 @@ def _read(shards: ShardSet, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
 def _shuffled(size: int, seed: str, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Begun anew with each iteration, so that a pipeline gives the same order again."""
     return wds.shuffle(size, initial=size // 8, rng=random.Random(seed))(samples) if size else samples
-
-
-def read_shard(shards: ShardSet, number: int) -> Iterator[dict[str, Any]]:
-    """The samples of one shard as they are: `__key__`, `__url__` (the tar's path), `jpg` and `json` bytes.
-
-    Raises:
-        DataError: the tar is not the one the index lists, or does not hold what it says.
-        OSError: it cannot be read or fetched.
-    """
-    path, entry = shards.fetch(number), shards.index.shards[number]
-    images = persons = detections = 0
-    for sample in _samples(path):
-        if odd := {"jpg", "json"} - sample.keys():
-            raise DataError(f"{path}: {sample['__key__']} has no .{min(odd)} beside it. {AGAIN}")
-        num_persons, num_detections = count_people(sample["json"])
-        images, persons, detections = images + 1, persons + num_persons, detections + num_detections
-        yield sample
-    check_counts(path, entry, images=images, persons=persons, detections=detections)
-
-
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:
-        try:
-            yield from group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]))
-        except (tarfile.TarError, ValueError) as err:
-            raise DataError(f"{path}: cannot be read as a tar: {err.args[0]}. {AGAIN}") from err
-
-
-def read_record(sample: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a sample of `read_shard`.
-
-    Raises:
-        DataError: it is not JSON.
-    """
-    try:
-        record: dict[str, Any] = orjson.loads(sample["json"])
-    except orjson.JSONDecodeError as err:
-        raise DataError(f"{sample['__url__']}: {sample['__key__']}.json is not JSON ({err}). {AGAIN}") from err
-    return record
 
 
 def decode_sample(sample: dict[str, Any]) -> Pair:

@@ -46,6 +46,10 @@ class Normalize(nn.Module):
         """As `normalize`."""
         return (crops.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
+    def inverse(self, images: Tensor) -> Tensor:
+        """Crops (B, H, W, 3) uint8 that give these images."""
+        return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
 
 def normalize(crops: Tensor) -> Tensor:
     """What the network sees of crops.
@@ -60,6 +64,18 @@ def normalize(crops: Tensor) -> Tensor:
     traced = torch.compiler.is_compiling() or type(crops) is not Tensor
     mean, std = (_make_statistics if traced else _statistics)(crops.device)
     return (crops.permute(0, 3, 1, 2).float() - mean) / std
+
+
+def images_for(model: nn.Module, crops: Tensor) -> Tensor:
+    """`normalize` in the memory layout of the network's weights: in another one its convolutions take a tenth longer.
+
+    Args:
+        model: the network; one without convolutions of torch's takes them contiguous.
+        crops: (B, H, W, 3) uint8 RGB on its device.
+    """
+    kernel = next((p for p in model.parameters() if p.dim() == 4 and p.shape[3] > 1), None)
+    channels_last = kernel is not None and not kernel.is_contiguous()
+    return normalize(crops).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 class PoseEstimator(nn.Module):

@@ -43,8 +43,11 @@ def incidence(ends: Tensor, num_nodes: int) -> Tensor:
 
 
 def sums_in_any_order(x: Tensor) -> bool:
-    """Whether adding at an index depends on the order in which threads come, on the device of `x`."""
-    return x.is_cuda
+    """Whether adding at an index depends on the order in which threads come, on the device of `x`.
+
+    Of an exported network nobody knows the device, and few runtimes add at an index in float16.
+    """
+    return x.is_cuda or torch.compiler.is_exporting()
 
 
 class EdgeConv(nn.Module):

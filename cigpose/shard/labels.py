@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from cigpose.files.atomic import written_file
 from cigpose.keypoints import KeypointSet
 from cigpose.shard.intake import Intake
 
@@ -24,8 +24,11 @@ def write_ground_truth(intake: Intake, path: Path, lost: Collection[int]) -> Non
         lost: ids of images that could not be read; they are left out with their persons.
     """
     assert intake.ground_truth_file is not None
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file, intake.ground_truth_file.open("rb") as annotations:
+    with (
+        written_file(path) as part,
+        part.open("wb") as file,
+        intake.ground_truth_file.open("rb") as annotations,
+    ):
         file.write(b'{"annotations":[\n')
         for i, (offset, length) in enumerate(intake.truths(lost)):
             annotations.seek(offset)
@@ -38,9 +41,6 @@ def write_ground_truth(intake: Intake, path: Path, lost: Collection[int]) -> Non
             b",\n".join(orjson.dumps(entry) for entry in intake.image_fields.values() if entry["id"] not in lost)
         )
         file.write(b"\n]}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
 
 
 def _category(keypoints: KeypointSet) -> dict[str, Any]:

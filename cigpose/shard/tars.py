@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class ShardJob:
     persons_file: Path
     jpeg_quality: int
     verify_images: bool
+    shuffle: bool = False
 
 
 @dataclass(slots=True)
@@ -77,7 +79,8 @@ def write_shard(job: ShardJob, pictures: Pictures) -> ShardStats:
     part = job.path.with_suffix(".tar.part")
     file = _DigestedFile(part)
     with ExtentReader() as reader, job.persons_file.open("rb") as persons, _tar_writer(file) as write:
-        for sample, data in pictures(job, reader):
+        found = pictures(job, reader)
+        for sample, data in _shuffled(found, job.path.name) if job.shuffle else found:
             lost = max(len(sample.persons), 1)
             if data is None:
                 stats.dropped[NO_FRAME] = stats.dropped.get(NO_FRAME, 0) + len(sample.persons)
@@ -101,6 +104,17 @@ def write_shard(job: ShardJob, pictures: Pictures) -> ShardStats:
     stats.bytes, stats.sha256 = file.size, file.sha256
     part.rename(job.path)
     return stats
+
+
+def _shuffled(
+    found: Iterator[tuple[Sample, bytes | memoryview | DataError | None]], seed: str
+) -> Iterator[tuple[Sample, bytes | memoryview | DataError | None]]:
+    """All of them in another order. They are held in memory: frames come in the order of their video."""
+    held = [(sample, bytes(data) if isinstance(data, memoryview) else data) for sample, data in found]
+    for place in np.random.default_rng(zlib.crc32(seed.encode())).permutation(len(held)).tolist():
+        sample, data = held[place]
+        held[place] = (sample, None)
+        yield sample, data
 
 
 def read_photographs(

@@ -20,7 +20,7 @@ from typing import Any
 from cigpose.config import Config, DatasetConfig
 from cigpose.download.manifest import MANIFEST, read_manifest
 from cigpose.files.archives import list_members, split_spec
-from cigpose.files.atomic import claimed, clear_leftovers, replace_folder, sync, write_json
+from cigpose.files.atomic import claimed, clear_leftovers, replace_folder, sync, write_json, write_text
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
 from cigpose.progress import progress as show_progress
@@ -195,6 +195,7 @@ def _plan(config: Config, key: str, partial: Path, intake: Intake) -> tuple[list
             persons_file=intake.persons_file,
             jpeg_quality=sharding.jpeg_quality,
             verify_images=sharding.verify_images,
+            shuffle=sharding.shuffle,
         )
         for i in range(count)
     ]
@@ -247,7 +248,7 @@ def _prepare(partial: Path, fingerprint: str) -> None:
     if not (plan.is_file() and plan.read_text() == json.dumps(fingerprint)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        plan.write_text(json.dumps(fingerprint))
+        write_text(plan, json.dumps(fingerprint))
 
 
 def _clear(partial: Path, shards: list[ShardStats]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from cigpose.config import Config
-from cigpose.files.addresses import file_name_of, is_remote
+from cigpose.files.addresses import file_name_of, is_remote, without_credentials
+from cigpose.files.errors import DataError
+from cigpose.files.objects import fetch_object
 from cigpose.model.estimator import build_model
 from cigpose.model.hgnn import EdgeConv
 from cigpose.model.weights import load_backbone
@@ -20,23 +25,32 @@ from cigpose.train.optim import EMA, build_optimizer
 from cigpose.train.state import TrainState, seed_everything
 from cigpose.train.step import Losses, resolved_precision
 
+LARGEST_WEIGHTS = 16 << 30
+"""Bytes."""
 
-def build_state(config: Config, *, rank: int, device: torch.device, root: Path) -> TrainState:
+
+def build_state(
+    config: Config, *, rank: int, device: torch.device, root: Path, pretrained: str | None = None
+) -> TrainState:
     """The state before the first step; equal on all workers but for their random generators.
 
     Args:
         config: the experiment.
         rank: this worker.
         device: where to train.
-        root: folder of params.yaml; `model.backbone.pretrained` lies in data/raw/pretrained below it, where rank 0 is.
+        root: folder of params.yaml; `model.backbone.pretrained` lies in data/raw/pretrained below it. Where it does
+            not, as on another node, and is an address, rank 0 fetches it.
+        pretrained: sha256 of these weights, if known.
 
     Raises:
         FileNotFoundError: the pretrained weights are not there.
+        DataError: those at the address are others by now.
     """
     seed_everything(config.seed, rank=0)  # the same first weights on every worker
     model = build_model(config)
     if config.model.backbone.pretrained and rank == 0:
-        load_backbone(model, pretrained_path(config, root))
+        with _pretrained_file(config, root, pretrained) as path:
+            load_backbone(model, path)
     model = model.to(device)
     workers.copy_rank_0([model])
     state = state_around(model, config, device)
@@ -47,6 +61,7 @@ def build_state(config: Config, *, rank: int, device: torch.device, root: Path) 
 def state_around(model: nn.Module, config: Config, device: torch.device) -> TrainState:
     """The state of a training that starts from `model`, which is on `device`."""
     train = config.train
+    torch.backends.cudnn.benchmark = train.cudnn_benchmark
     if train.channels_last:
         to_channels_last(model)
     ema = EMA(model, train.ema) if train.ema.enabled else None
@@ -89,6 +104,26 @@ def pretrained_path(config: Config, root: Path) -> Path:
     """The file of the backbone's first weights; from an address, the one that `dvc repro pretrained` fetched."""
     name = str(config.model.backbone.pretrained)
     return root / "data" / "raw" / "pretrained" / (file_name_of(name) if is_remote(name) else name)
+
+
+@contextlib.contextmanager
+def _pretrained_file(config: Config, root: Path, sha256: str | None) -> Iterator[Path]:
+    path, address = pretrained_path(config, root), str(config.model.backbone.pretrained)
+    if path.is_file() or not is_remote(address):
+        yield path
+        return
+
+    def check(found: str) -> None:
+        if found != (sha256 or found):
+            raise DataError(
+                f"{without_credentials(address)}: sha256 is {found[:12]}..., the weights that `dvc repro pretrained` "
+                f"fetched have {sha256}. Run it again; other first weights are another run."
+            )
+
+    with tempfile.TemporaryDirectory(prefix="cigpose-") as scratch:
+        target = Path(scratch) / path.name
+        fetch_object(address, target, LARGEST_WEIGHTS, check)
+        yield target
 
 
 def for_world(config: Config, world: int) -> Config:

@@ -30,7 +30,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cigpose.files.addresses import is_remote, without_credentials
-from cigpose.files.atomic import replace_folder, sync
+from cigpose.files.atomic import clear_leftovers, replace_folder, sync
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import FetchError, TemporaryFetchError
 from cigpose.files.objects import (
@@ -80,7 +80,8 @@ class CheckpointStore:
         Args:
             step: optimiser steps done.
             tensors: what goes to safetensors.
-            values: what goes to json. `values["weights"]`, if any, names a file of `save_weights` to be kept along.
+            values: what goes to json. Files of `save_weights` that it names, as `weights` and as `weights` of
+                `unscored`, are kept along.
 
         Returns: the checkpoint's name.
 
@@ -94,7 +95,7 @@ class CheckpointStore:
             safetensors.torch.save_file(contiguous, folder / STATE)
             (folder / VALUES).write_text(json.dumps(values), encoding="utf-8")
             files = {file: _facts(folder / file) for file in (STATE, VALUES)}
-            manifest = {"files": files, "weights": values.get("weights")}
+            manifest = {"files": files, "weights": _named_weights(values)}
             (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
         self._publish(name, write, order=(STATE, VALUES, MANIFEST))
@@ -108,9 +109,9 @@ class CheckpointStore:
             step: optimiser steps done.
             write: writes the file to the path that it gets.
 
-        Returns: the file's name, to be put under `weights` in the values of the next checkpoint.
+        Returns: the file's name (`weights_name`), to be put into the values of the next checkpoint.
         """
-        name = f"weights-{step:09d}.safetensors"
+        name = weights_name(step)
         self._publish(name, write, order=None)
         return name
 
@@ -168,6 +169,16 @@ class CheckpointStore:
                 "is whole; --restart begins anew."
             )
         return None
+
+    def clear_halves(self) -> None:
+        """Remove what a killed process was writing or removing; only for the one that has the run to itself."""
+        for name in names_in(self.address):
+            if self._folder and (aside := re.fullmatch(r"\.(step-\d+)\.\w{8}\.old", name)):
+                clear_leftovers(self._folder / aside[1])  # comes back if nothing has taken its place
+                continue
+            is_half = re.fullmatch(r"step-\d+", name) and size_of(self._at(name, MANIFEST)) is None
+            if is_half or re.match(r"\.(step|weights)-.*\.partial-", name):
+                self._remove(name)
 
     def clear(self) -> None:
         """Remove every checkpoint, whole or not, and their weights."""
@@ -227,7 +238,7 @@ class CheckpointStore:
     def _prune(self) -> None:
         """Drop all but the newest checkpoints, older half-written ones, and weights that no checkpoint names."""
         kept = self.names()[-self.keep :]
-        named = {self._manifest(name)["weights"] for name in kept}
+        named = {file for name in kept for file in _as_list(self._manifest(name)["weights"])}
         for name in names_in(self.address):
             is_old = re.fullmatch(r"step-\d+", name) and name < kept[0]
             is_unnamed = re.fullmatch(r"weights-\d+\.safetensors", name) and name not in named
@@ -238,6 +249,21 @@ class CheckpointStore:
         """Remove a checkpoint or file; the manifest first, so that half a removal leaves what does not exist."""
         remove_object(self._at(name, MANIFEST))
         remove_object(self._at(name))
+
+
+def weights_name(step: int) -> str:
+    """Name of the file that `CheckpointStore.save_weights` writes."""
+    return f"weights-{step:09d}.safetensors"
+
+
+def _named_weights(values: Mapping[str, Any]) -> list[str]:
+    unscored = values.get("unscored") or {}
+    return [name for name in (values.get("weights"), unscored.get("weights")) if name is not None]
+
+
+def _as_list(weights: list[str] | str | None) -> list[str]:
+    """The files that a manifest names; those of earlier versions name one or none."""
+    return [weights] if isinstance(weights, str) else weights or []
 
 
 def _publish_locally(made: Path, target: Path) -> None:

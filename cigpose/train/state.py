@@ -36,6 +36,7 @@ class TrainState:
         step: optimiser steps done.
         best: {"metric", "value", "epoch", "step", "metrics"} of the best validation so far.
         weights: file of the best weights in the checkpoint store.
+        unscored: {"epoch", "step", "weights"} of a validation whose score has not come yet.
         history: everything logged and validated so far, oldest first.
         unread: the check of the last step, on a GPU, where it is read a step later.
     """
@@ -50,6 +51,7 @@ class TrainState:
     step: int = 0
     best: dict[str, Any] | None = None
     weights: str | None = None
+    unscored: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     unread: FiniteCheck | None = None
 
@@ -82,7 +84,8 @@ class TrainState:
             "step": self.step,
             "best": self.best,
             "weights": self.weights,
-            "history": self.history,
+            "unscored": self.unscored,
+            "history": list(self.history),
             "scaler": self.scaler.state_dict(),
             "ema_updates": None if self.ema is None else self.ema.updates,
         }
@@ -96,11 +99,11 @@ class TrainState:
         """
         try:
             refuse_non_finite({key: t for key, t in tensors.items() if key.startswith(("model.", "ema."))}, "weights")
-            self.model.load_state_dict(_under("model.", tensors))
+            self.model.load_state_dict(under("model.", tensors))
             if self.ema is not None:
-                self.ema.module.load_state_dict(_under("ema.", tensors))
+                self.ema.module.load_state_dict(under("ema.", tensors))
                 self.ema.updates = values["ema_updates"]
-            self._load_optimizer(_under("optimizer.", tensors))
+            self._load_optimizer(under("optimizer.", tensors))
             self.scaler.load_state_dict(values["scaler"])
         except (RuntimeError, KeyError) as err:
             raise CheckpointError(f"the checkpoint does not fit this model: {err}. --restart begins anew.") from err
@@ -108,6 +111,7 @@ class TrainState:
             raise CheckpointError(f"the checkpoint cannot be gone on from: {err} --restart begins anew.") from err
         for key in ("epoch", "step_in_epoch", "step", "best", "weights", "history"):
             setattr(self, key, values[key])
+        self.unscored = values.get("unscored")  # which checkpoints of earlier versions do not know
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         self.optimizer.state.clear()
@@ -120,7 +124,8 @@ class TrainState:
                 self.optimizer.state[parameter]["step"] = tensors[f"step.{name}"].to(parameter.device)
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 

@@ -20,6 +20,8 @@ from cigpose.train.optim import set_learning_rate
 from cigpose.train.state import TrainState
 
 Batch = Mapping[str, Any]
+Copying = tuple[dict[str, Any], torch.cuda.Event | None]
+"""A batch on its way to the device, and when it is there."""
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEANS = ("loss_cf",)
 """Loss parts that are means over the batch; the others are sums over it."""
@@ -146,7 +148,7 @@ def _without_averaging(losses: nn.Module) -> contextlib.AbstractContextManager[N
 
 
 class Copier:
-    """Brings batches to a device; to a GPU on a stream of its own, while the step before is computed.
+    """Brings batches to a device; to a GPU on a stream of its own, beside the step before.
 
     Their memory must be pinned, as the loader's is.
     """
@@ -159,15 +161,24 @@ class Copier:
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The batch with its tensors on the device, ready for the stream that computes."""
+        return self.end(self.begin(batch))
+
+    def begin(self, batch: Batch) -> Copying:
+        """Begin to copy; nobody waits."""
         if self._stream is None:
-            return to_device(batch, self.device)
+            return to_device(batch, self.device), None
         with torch.cuda.stream(self._stream):
-            copied = to_device(batch, self.device)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._stream)
-        for value in copied.values():
-            if isinstance(value, Tensor):
-                value.record_stream(computing)  # or its memory is given to the next batch too soon
+            return to_device(batch, self.device), self._stream.record_event()
+
+    def end(self, copying: Copying) -> dict[str, Any]:
+        """The copy, for which the stream that computes waits, and the host does not."""
+        copied, is_there = copying
+        if is_there is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(is_there)
+            for value in copied.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(computing)  # or its memory is given to the next batch too soon
         return copied
 
 

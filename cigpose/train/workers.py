@@ -32,6 +32,18 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
+def tensors_from_rank_0(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of rank 0, on the CPU; the others give None."""
+    shapes = from_rank_0(None if tensors is None else {key: (t.shape, t.dtype) for key, t in tensors.items()})
+    received = {}
+    for key, (shape, dtype) in shapes.items():
+        tensor = torch.empty(shape, dtype=dtype) if tensors is None else tensors[key].cpu().contiguous()
+        if world_size() > 1:
+            distributed.broadcast(tensor.view(-1).view(torch.uint8), src=0)
+        received[key] = tensor
+    return received
+
+
 def mean_over_workers(totals: Mapping[str, Tensor], count: int) -> dict[str, float]:
     """Sums of `count` steps on each worker -> mean over steps and workers. One collective, one copy to the host.
 

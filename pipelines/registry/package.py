@@ -3,6 +3,7 @@
 README.md                      model card
 python_model.py (serving.py)   how it is served; code/cigpose is the library it was registered with
 artifacts/model.safetensors    weights (they carry their configuration), params.yaml, model.onnx
+artifacts/calibration.json     what its scores mean as probabilities
 artifacts/keypoints.json       names, parts, flip pairs, sigmas, skeleton
 artifacts/metrics.json         per part, with data and protocol
 artifacts/lineage.json         git and dvc.lock revision, digests of every set of shards;  dvc.lock
@@ -28,12 +29,15 @@ import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.models import Model
 from packaging.requirements import Requirement
 
 import cigpose
 from cigpose.config import Config, public_params
+from cigpose.config.schema import to_mapping
+from cigpose.deploy.detector import Detector
+from cigpose.evaluate.calibration import FILE as CALIBRATION
+from cigpose.files.digest import sha256_of
 from cigpose.shard.index import read_index
 from pipelines.lineage import (
     content_digest,
@@ -61,8 +65,12 @@ class Package:
     pictures: Sequence[Path]
     report: Path | None
     """The page of the evaluation; versions registered before there was one have none."""
+    calibration: Path | None
+    """What scores mean as probabilities; None where too little was labelled."""
     run: Mapping[str, Any]
     """run.json of the training."""
+    detector: Path | None = None
+    """Finds the people of pictures that come without boxes."""
 
 
 def read_lineage(config: Config, root: Path) -> dict[str, Any]:
@@ -124,6 +132,8 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
         "pictures": staging / "pictures",
         **({"dvc_lock": lock} if lock else {}),
         **({"report": package.report} if package.report else {}),
+        **({"detector": package.detector} if package.detector else {}),
+        **({"calibration": package.calibration} if package.calibration else {}),
     }
     with _quiet():
         mlflow.pyfunc.save_model(
@@ -131,7 +141,7 @@ def build(package: Package, folder: Path, root: Path, model: Model) -> None:
             python_model=str(Path(__file__).with_name("serving.py")),
             artifacts={name: str(path) for name, path in files.items()},
             code_paths=[str(Path(cigpose.__file__).parent)],
-            signature=SIGNATURE,
+            model_config=to_mapping(package.config.registry.serving),
             pip_requirements=requirements(),
             mlflow_model=model,
         )
@@ -173,11 +183,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "boxes", required=False)])
-)
-
-
 def log_package(client: MlflowClient, package: Package, run_id: str, folder: Path, root: Path) -> str:
     """Build the model in `folder` and upload it as a logged model of a run.
 
@@ -204,8 +209,8 @@ def _logged_name(name: str) -> str:
 
 
 def requirements() -> list[str]:
-    """The library's own dependencies in the versions at work now, for the environment of a served model."""
-    pins = [f"mlflow=={_version('mlflow')}"]
+    """The library's own dependencies and what runs the ONNX file, in the versions at work now."""
+    pins = [f"{name}=={_version(name)}" for name in ("mlflow", "onnxruntime")]
     for text in requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -287,22 +292,36 @@ def model_card(package: Package) -> str:
         f"{package.run.get('epochs', '-')}; git `{lineage['git_revision'] or '-'}`; dvc.lock "
         f"`{lineage['dvc_lock'] or '-'}`. `artifacts/params.yaml` holds every number of it.",
         "",
+        *_use(package),
+    ]
+    return "\n".join(lines)
+
+
+def _use(package: Package) -> list[str]:
+    """The last part of the model card."""
+    serving, inside = package.config.registry.serving, package.detector is not None
+    without = "the detector inside finds the people" if inside else "the whole picture is one person"
+    return [
         "## Use",
         "```python",
         "import mlflow, pandas",
         "",
-        f'model = mlflow.pyfunc.load_model("models:/{config.registry.model}@champion")',
-        'pictures = pandas.DataFrame({"image": [open("people.jpg", "rb").read()], "boxes": ["[[10, 20, 200, 460]]"]})',
+        f'model = mlflow.pyfunc.load_model("models:/{package.config.registry.model}@champion")',
+        'pictures = pandas.DataFrame({"image": [open("people.jpg", "rb").read()], "boxes": [[[10, 20, 200, 460]]]})',
         'model.predict(pictures)[0]["persons"][0]["keypoints"]     # [[x, y, score], ...] in image pixels',
         "```",
+        "`image` is the bytes of a picture (JPEG, PNG, WebP, BMP) or their base64, `boxes` one person a box, as lists "
+        f"or JSON text; without it {without}. One request holds at most {serving.max_pictures} pictures of "
+        f"{serving.max_megapixels:g} megapixels and {serving.max_boxes} boxes; `load_model(..., model_config=...)`, or "
+        "SERVING_MODEL_CONFIG for a server, sets other limits.",
+        "",
         "`artifacts/model.onnx` is the network alone: normalised crops in, SimCC logits out.",
         "",
         "## Limits",
-        "It needs a box for each person (no detector inside), expects upright people as in its training data, and was "
-        "measured on the set above only.",
+        f"It needs a box for each person ({'a' if inside else 'no'} detector inside), expects upright people as in its "
+        "training data, and was measured on the set above only.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evaluation: Measurement) -> Package:
@@ -312,6 +331,7 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
         FileNotFoundError: one of them is not there.
     """
     report, page = root / REPORT, root / REPORT / "report.html"
+    calibration = report / CALIBRATION
     pictures = [path for path in sorted((report / "pictures").glob("*")) if path.suffix in (".jpg", ".png")]
     package = Package(
         config=config,
@@ -322,7 +342,9 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
         lineage=read_lineage(config, root),
         pictures=pictures[: config.registry.pictures],
         report=page if page.is_file() else None,
+        calibration=calibration if calibration.is_file() else None,
         run=run_info,
+        detector=_detector(config, root),
     )
     for path in (package.weights, package.params, package.onnx):
         if not path.is_file():
@@ -330,11 +352,23 @@ def make_package(config: Config, root: Path, run_info: Mapping[str, Any], evalua
     return package
 
 
+def _detector(config: Config, root: Path) -> Path | None:
+    """The detector of `registry.detector`, once it has been opened.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is none.
+    """
+    return Detector(root / config.registry.detector).path if config.registry.detector else None
+
+
 def origin_tags(package: Package) -> dict[str, str]:
     """Tags of a version that say where it comes from."""
     lineage = package.lineage
     tags = {f"data.{name}": facts["content"] for name, facts in lineage["datasets"].items()}
     tags |= {"git.revision": lineage["git_revision"] or "none", "dvc.lock": lineage["dvc_lock"] or "none"}
+    if package.detector:
+        tags["detector"] = sha256_of(package.detector)
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
     return tags | {"cigpose.preset": package.config.name, "keypoints": package.config.keypoint_set.name}

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from cigpose.config import Config
+from cigpose.config import Config, load_params
 from cigpose.config.params_file import write_params
 from cigpose.files.atomic import write_text
 from pipelines.paths import RAW
@@ -34,6 +34,7 @@ FOLDER = Path(".dvc/tmp/exps/retrain")  # where `lineage.project_root` finds the
 KEPT = FOLDER.with_name("retrain.kept")
 ALWAYS = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", ".dvc/config.local", ".dvcignore")
 """Files that are taken along though git may not know them."""
+FIRST_WEIGHTS = RAW / "pretrained"
 _UNFINISHED = shutil.ignore_patterns(".*", "*.partial")  # these are written to as they stand
 _WHO = {f"GIT_{role}_{what}": "retrain" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
@@ -155,11 +156,17 @@ def _bring_data(root: Path, folder: Path, kept: Path) -> None:
     for path in locked_outputs(root):
         if (root / path).exists() and not (folder / path).exists():
             _link(root / path, folder / path)
+    made = raw_outputs(folder) | {Path(path).name for path in locked_outputs(kept)}
     for source in (kept / RAW).glob("*"):
-        _move(source, folder / RAW / source.name)
-    for source in (root / RAW).glob("[!.]*"):  # a user's own weights
+        if source.name in made:  # what nobody makes is the user's own, and may be another by now
+            _move(source, folder / RAW / source.name)
+    for source in (root / RAW).glob("[!.]*"):
         if not (folder / RAW / source.name).exists():
             _link(source, folder / RAW / source.name)
+    for source in (root / FIRST_WEIGHTS).glob("[!.]*"):  # the user's own lie beside those that were fetched
+        if not (kept_one := folder / FIRST_WEIGHTS / source.name).exists() or not kept_one.samefile(source):
+            kept_one.unlink(missing_ok=True)
+            _link(source, kept_one)
 
 
 def _go_on(folder: Path, kept: Path) -> None:
@@ -179,13 +186,46 @@ def _go_on(folder: Path, kept: Path) -> None:
             _move(kept / out["path"], folder / out["path"])
 
 
+def raw_outputs(folder: Path) -> set[str]:
+    """Names of the folders of data/raw that stages make."""
+    config = load_params(folder / "params.yaml")
+    named = {*config.data.render, *config.data.download.sources, FIRST_WEIGHTS.name}
+    return named | {Path(path).name for path in locked_outputs(folder) if Path(path).is_relative_to(RAW)}
+
+
 def stale_stages(folder: Path) -> list[str]:
     """Stages that `dvc repro` would run, or might once those before them have.
 
     Raises:
         WorkspaceError: DVC cannot read the project.
     """
-    return list(json.loads(dvc(folder, "status", "--json")))
+    return list(_status(folder))
+
+
+def changes_by_stage(folder: Path) -> dict[str, list[str]]:
+    """Stage -> why `dvc repro` would run it, where something has changed.
+
+    Raises:
+        WorkspaceError: DVC cannot read the project.
+    """
+    found = {}
+    for stage, reasons in _status(folder).items():
+        told = [words for reason in reasons if isinstance(reason, Mapping) for words in _in_words(reason)]
+        told += [reason for reason in reasons if isinstance(reason, str) and reason != "always changed"]
+        if told:
+            found[stage] = told
+    return found
+
+
+def _in_words(reason: Mapping[str, Any]) -> list[str]:
+    """`{"changed deps": {"params.yaml": {"seed": "modified"}}}` as `seed is modified`."""
+    changed = [item for what in reason.values() if isinstance(what, Mapping) for item in what.items()]
+    params = [item for _, how in changed if isinstance(how, Mapping) for item in how.items()]
+    return [f"{name} is {how}" for name, how in [*changed, *params] if isinstance(how, str)]
+
+
+def _status(folder: Path) -> dict[str, list[Any]]:
+    return json.loads(dvc(folder, "status", "--json"))
 
 
 def save_experiment(workspace: Workspace, name: str) -> None:

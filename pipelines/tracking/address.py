@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
+from pipelines.access import read_pages
 from pipelines.lineage import project_root
 from pipelines.tracking.database import database_path, prepared
 
@@ -72,8 +73,15 @@ def be_impatient(timeout_s: float = 5.0) -> None:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells of every attempt
 
 
+def mlflow_page(address: str) -> str:
+    """Where people look at MLflow: its server, or for sqlite the page of `make ui`, at the port it took last."""
+    if address.startswith("http"):
+        return without_credentials(address).rstrip("/")
+    asked = os.environ.get("MLFLOW_PORT")
+    return (not asked and read_pages(project_root()).mlflow) or f"http://127.0.0.1:{asked or 5000}"
+
+
 def run_url(address: str, experiment_id: str, run_id: str) -> str:
     """The page of a run; for sqlite the one that `make ui` serves. MLflow shows its GenAI side unless told else."""
-    local = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"
-    base = without_credentials(address).rstrip("/") if address.startswith("http") else local
+    base = mlflow_page(address)
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"

@@ -7,12 +7,10 @@ are the library's own, so a worker that Ray restarts, and a driver that is start
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import shutil
 import signal
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,13 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cigpose.config import ClusterConfig, Config
+from pipelines.training.cluster import (
+    TrainingError,
+    describe_breakdown,
+    describe_resources,
+    find_resources,
+    is_joined,
+    joined,
+    marked,
+)
+from pipelines.training.local import LocalTorchConfig, is_gone, own_servers
 from pipelines.training.worker import work
 
 Event = dict[str, Any]
@@ -36,17 +43,11 @@ TUNED = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # a minute, of which train.cluster.wait_minutes counts
 }
 """Set where the user has not: a quicker start, no line printed twice."""
-STARTS_WAITED_FOR = 60
-"""Minutes that a joined cluster has for a lost node to return."""
 COLLECTIVE_TIMEOUT_S = 1800
-"""Longest that workers wait for one another: rank 0 scores a validation meanwhile."""
-
-
-class TrainingError(RuntimeError):
-    """A training that ended without a result; the message is for the user."""
+"""Longest that workers wait for one another: rank 0 reads a checkpoint meanwhile."""
 
 
 def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[Event], None]) -> dict[str, Any]:
@@ -67,26 +68,39 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
     """
     for name, value in TUNED.items():
         os.environ.setdefault(name, value)
-    with _ray(config.train.cluster), _signals():
-        use_gpu = _check_resources(config.train.cluster)
+    with joined(config.train.cluster) as private, _signals(), marked(settings["checkpoints"]) as marker:
+        use_gpu = find_resources(config.train.cluster)
         # here, beside the driver that reads it: a lost node must not take it along
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-        settings = settings | {"config": config.to_mapping(), "mailbox": mailbox}
+        for left in Path(settings["run_folder"]).glob("ray-*"):  # of killed drivers: this one has the run to itself
+            shutil.rmtree(left, ignore_errors=True)
         storage = Path(settings["run_folder"]) / f"ray-{uuid.uuid4().hex[:8]}"
+        settings = settings | {"config": config.to_mapping(), "mailbox": mailbox, "marker": marker}
         try:
-            trainer = _trainer(config.train.cluster, settings, storage, use_gpu)
+            trainer = _trainer(config.train.cluster, settings, storage, _torch_config(use_gpu, private), use_gpu)
             return _follow(trainer, mailbox, on_event)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
 
 
-def _trainer(cluster: ClusterConfig, settings: dict[str, Any], storage: Path, use_gpu: bool) -> TorchTrainer:
+def _torch_config(use_gpu: bool, private: Path | None) -> TorchConfig:
+    """How workers meet: in a folder of this machine if they are all here."""
+    common: dict[str, Any] = {
+        "backend": "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+        "timeout_s": COLLECTIVE_TIMEOUT_S,
+    }
+    return TorchConfig(**common) if private is None else LocalTorchConfig(**common, folder=str(private))
+
+
+def _trainer(
+    cluster: ClusterConfig, settings: dict[str, Any], storage: Path, torch_config: TorchConfig, use_gpu: bool
+) -> TorchTrainer:
     elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
     return TorchTrainer(  # Ray's annotations are those of its former Train API
         work,  # type: ignore[arg-type]
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=(cluster.min_workers, cluster.num_workers) if elastic else cluster.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
@@ -97,7 +111,7 @@ def _trainer(cluster: ClusterConfig, settings: dict[str, Any], storage: Path, us
             storage_path=str(storage),
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=cluster.max_failures,
-                controller_failure_limit=STARTS_WAITED_FOR if os.environ.get("RAY_ADDRESS") else 1,
+                controller_failure_limit=cluster.wait_minutes if is_joined() else 1,
             ),
         ),
     )
@@ -115,8 +129,11 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
 
     thread = threading.Thread(target=fit, daemon=True, name="ray-train")
     thread.start()
+    servers = own_servers()
     while True:
         is_over = not thread.is_alive()
+        if gone := [server.pid for server in servers if is_gone(server)]:
+            raise TrainingError(describe_breakdown(f"process {gone[0]} has ended"))
         for event in _drain(mailbox):
             if event["event"] == "failed":  # another try would fail alike
                 raise TrainingError(event["message"])
@@ -139,7 +156,7 @@ def _drain(mailbox: Queue) -> Iterator[Event]:
 def _explain(error: BaseException) -> str:
     text = str(error)
     if "startup timed out" in text or "InsufficientClusterResources" in type(error).__name__:
-        return f"Ray could not start the workers: the cluster has {_resources()} now. {text.splitlines()[0]}"
+        return f"Ray could not start the workers: the cluster has {describe_resources()} now. {text.splitlines()[0]}"
     if isinstance(error, TrainingFailedError) and ("died" in text or "RayActorError" in text or "OOM" in text):
         return (
             "workers died again and again, more often than train.cluster.max_failures allows. Out of memory is the "
@@ -147,42 +164,6 @@ def _explain(error: BaseException) -> str:
             f"{text.strip().splitlines()[-1]}"
         )
     return f"Ray gave up: {text.strip()}"
-
-
-@contextlib.contextmanager
-def _ray(cluster: ClusterConfig) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS, or start one here; leave or stop it at the end."""
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_reachable(address)
-    else:
-        needed = cluster.num_workers * cluster.threads_per_worker + 2
-        options |= {"num_cpus": needed, "include_dashboard": False, "object_store_memory": 200 * 2**20}
-        options["address"] = "local"  # not some other Ray that runs here
-    try:
-        ray.init(**options)
-    except (RayError, ConnectionError, ValueError, RuntimeError) as err:
-        where = f"joined at RAY_ADDRESS={address}" if address else "started"
-        raise TrainingError(f"Ray could not be {where}: {err}") from err
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Raise TrainingError if nobody listens at host:port; Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # `auto`
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as err:
-        raise TrainingError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({err}). Start it with `ray start --head`, or unset "
-            "RAY_ADDRESS to train on this machine alone."
-        ) from err
 
 
 @contextlib.contextmanager
@@ -202,27 +183,3 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def _check_resources(cluster: ClusterConfig) -> bool:
-    """Whether to train on GPUs; raises TrainingError where the cluster cannot hold the workers."""
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    use_gpu = gpus > 0 if cluster.use_gpu == "auto" else cluster.use_gpu
-    least = cluster.num_workers if cluster.min_workers is None else cluster.min_workers
-    if use_gpu and gpus < least:
-        raise TrainingError(
-            f"train.cluster asks for {least} workers with a GPU each, but the cluster has {_resources()}. Lower "
-            "train.cluster.num_workers, set use_gpu: false, or check the driver (`nvidia-smi`) and CUDA build of torch."
-        )
-    if there.get("CPU", 0) < least * cluster.threads_per_worker:
-        raise TrainingError(
-            f"train.cluster asks for {least} workers x {cluster.threads_per_worker} CPUs, but the cluster has "
-            f"{_resources()}. Lower train.cluster.num_workers or threads_per_worker, or add nodes."
-        )
-    return use_gpu
-
-
-def _resources() -> str:
-    there = ray.cluster_resources()
-    return f"{there.get('CPU', 0):.0f} CPUs and {there.get('GPU', 0):.0f} GPUs"

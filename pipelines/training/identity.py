@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cigpose.config import Config
-from cigpose.evaluate.checkpoint import open_shards
+from cigpose.evaluate.labels import open_shards
 from cigpose.files.atomic import claimed
 from cigpose.files.digest import sha256_of
 from cigpose.train.build import pretrained_path

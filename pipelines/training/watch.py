@@ -11,7 +11,8 @@ import numpy as np
 
 from cigpose.config import Config
 from cigpose.draw import draw_poses
-from cigpose.evaluate.checkpoint import dataset_truth, open_shards, sample_pictures
+from cigpose.evaluate.checkpoint import sample_pictures
+from cigpose.evaluate.labels import dataset_truth, open_shards
 from cigpose.evaluate.report import contact_sheets
 from cigpose.progress import progress
 from pipelines.tracking.run import Run

@@ -19,8 +19,10 @@ from cigpose.evaluate.predictions import Predictions
 from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.divergence import NonFiniteLossError
-from cigpose.train.loop import Place, train
+from cigpose.train.loop import train
+from cigpose.train.place import Place
 from cigpose.train.state import TrainState
+from pipelines.training.cluster import TrainingError, refuse_other_folder
 
 CROPS_SHOWN = 16
 
@@ -63,7 +65,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
     """One worker. A failure that would come again is told to the driver, and not tried again.
 
     Args:
-        settings: see `pipelines.training.driver.train`; with `config`, plain values, and `mailbox`, a queue.
+        settings: see `pipelines.training.driver.train_on_ray`; with `config`, plain values, `mailbox`, a queue, and
+            `marker`, of `pipelines.training.cluster.marked`.
 
     Returns: what the training returns on rank 0; None elsewhere, and after a failure.
     """
@@ -73,6 +76,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
     try:
         config = for_world(config_from_mapping(settings["config"]), world)
         torch.set_num_threads(config.train.cluster.threads_per_worker)
+        refuse_other_folder(settings["marker"])
         root = Path(settings["root"])
         place = Place(
             rank=rank,
@@ -108,7 +112,7 @@ def explain(err: Exception, params: dict[str, Any]) -> str | None:
         )
     if isinstance(err, OSError) and err.errno == errno.ENOSPC:
         return f"the disk of {socket.gethostname()} is full ({err.filename or err}). Make room and run again to go on."
-    if isinstance(err, CheckpointError | NonFiniteLossError | ValueError | FileNotFoundError):
+    if isinstance(err, TrainingError | CheckpointError | NonFiniteLossError | ValueError | FileNotFoundError):
         return str(err)
     if isinstance(err, RuntimeError | OSError):  # a peer that died, a network that failed
         return None

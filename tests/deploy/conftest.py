@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cigpose.config import Config, config_from_mapping, load_preset
-from cigpose.deploy.onnx import export_onnx
+from cigpose.deploy.export import export_onnx
 from cigpose.model.estimator import PoseEstimator, build_model
 from cigpose.model.weights import save_weights
 

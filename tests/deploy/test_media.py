@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from pycocotools.coco import COCO
 
 from cigpose.cli.main import main
 from cigpose.config import Config
-from cigpose.deploy import media
+from cigpose.deploy import ahead, media, video
 from cigpose.deploy.boxes import BoxFile
 from cigpose.deploy.predictor import Predictor
 from cigpose.model.estimator import PoseEstimator, build_model
@@ -251,6 +252,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
     predict: Predict, album: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr(media, "PICTURES_AT_ONCE", 1)
+    monkeypatch.setattr(video, "FRAMES_AT_ONCE", 1)
     assert predict(album, film, "--out", "whole") == 0
     many, calls = Predictor.predict_many, []
 
@@ -318,6 +320,75 @@ def test_a_killed_process_loses_no_picture_that_was_done(
         f"predictions: 96 persons in 96 pictures and 0 frames, {done} of them done before; 0 problems\n"
     )
     assert len(json.loads((tmp_path / "predictions" / "poses.json").read_text())) == 96
+
+
+# --- what may be asked for ---
+
+
+def test_the_header_is_a_coco_file_that_takes_the_results(
+    predict: Predict, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(album, "--out", "out", "--no-drawings", "--whole-image") == 0
+    header = tmp_path / "out" / "cigpose-predict.json"
+    with contextlib.redirect_stdout(io.StringIO()):
+        loaded = COCO(str(header)).loadRes(str(tmp_path / "out" / "poses.json"))
+    assert len(loaded.anns) == 2 and loaded.cats[1]["keypoints"][9] == "left_wrist"
+    model = json.loads(header.read_text())["model"]
+    assert model["name"] == "quickstart" and model["scores"] == "raw SimCC scores cut off at 0 and 1"
+    notes = capsys.readouterr().err
+    assert "scores are no probabilities" in notes and "--detector" not in notes
+    assert predict(album, "--out", "again", "--no-drawings") == 0
+    assert "each whole picture was taken for one person's box; --detector finds" in capsys.readouterr().err
+
+
+def test_patterns_and_names_from_standard_input_are_sources(
+    predict: Predict, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    assert predict("album/**/*", "--out", "out", "--no-drawings") == 0  # not notes.txt
+    found = [record["file_name"] for record in lines(tmp_path / "out" / "poses.jsonl")]
+    assert found == ["000000000007.jpg", "beach.png"]
+    assert predict("album/*.gif") == 2
+    assert capsys.readouterr().err == "cigpose: album/*.gif: no picture, folder or video has a name of this form.\n"
+    names = io.BytesIO(b"album/000000000007.jpg\n\nalbum/summer/*.png\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(names))
+    assert predict("-", "--out", "listed", "--no-drawings") == 0
+    found = [record["file_name"] for record in lines(tmp_path / "listed" / "poses.jsonl")]
+    assert found == ["000000000007.jpg", "beach.png"]
+
+
+def test_a_picture_from_standard_input_goes_on_as_itself(
+    predict: Predict, album: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    for content in [(album / "summer" / "beach.png").read_bytes()] * 2:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert predict("-", "--out", "out") == 0
+    assert "1 persons in 1 pictures and 0 frames, 1 of them done before" in capsys.readouterr().out
+    assert (tmp_path / "out" / "drawn" / "stdin.png").is_file()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\0\1\2")))
+    assert predict("-") == 2
+    assert "standard input: neither a picture nor names" in capsys.readouterr().err
+
+
+def test_a_detector_that_was_not_pulled_is_named(predict: Predict, album: Path, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    assert predict(album, "--detector", "yolox-m") == 2
+    assert capsys.readouterr().err == ("cigpose: yolox-m: not pulled yet. Run `cigpose detectors pull yolox-m`.\n")
+    assert predict(album, "--detector", "yolox-z.onnx") == 2
+    assert (
+        "yolox-z.onnx: no such detector. Give an ONNX file, or one of yolox-nano, yolox-m." in capsys.readouterr().err
+    )
+
+
+def test_pictures_at_once_are_those_that_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, threads = [], set()
+
+    def read(number: int) -> int:
+        threads.add(threading.current_thread().name)
+        return number
+
+    for number in ahead.mapped_ahead(read, (order.append(n) or n for n in range(50))):
+        assert order[-1] - number <= ahead.num_threads() + 1
+    assert order == list(range(50)) and threading.current_thread().name not in threads
 
 
 def test_two_at_once_do_not_write_into_one_folder(

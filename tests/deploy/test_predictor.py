@@ -64,7 +64,7 @@ def test_pictures_together_and_alone_give_the_same(model: PoseEstimator, config:
     both = predictor.predict_many([picture, picture[:, ::-1].copy()], [BOXES, BOXES[:1]])
     alone = [predictor(picture, BOXES), predictor(picture[:, ::-1].copy(), BOXES[:1])]
     for ours, theirs in zip(both, alone, strict=True):
-        assert np.allclose(ours.scores, theirs.scores, rtol=1e-4)
+        assert np.allclose(ours.raw_scores, theirs.raw_scores, rtol=1e-4)
         assert (np.abs(ours.keypoints - theirs.keypoints) < 1e-3).mean() > 0.99  # equal bins may tie
 
 
@@ -80,9 +80,10 @@ def test_path_bytes_and_array_are_the_same_picture(
 
 def test_box_scores_weigh_the_persons(model: PoseEstimator, config: Config, picture: np.ndarray) -> None:
     predictor = Predictor(model, config)
-    plain = predictor(picture, BOXES).person_scores
-    weighed = predictor(picture, [[*box, 0.5] for box in BOXES]).person_scores
-    assert np.allclose(weighed, plain / 2)
+    plain = predictor(picture, BOXES)
+    weighed = predictor(picture, [[*box, 0.5] for box in BOXES])
+    assert np.allclose(weighed.person_scores, plain.person_scores / 2)
+    assert np.allclose(weighed.raw_person_scores, plain.raw_person_scores / 2)
 
 
 def test_the_predictor_agrees_with_the_evaluation(model: PoseEstimator, config: Config, picture: np.ndarray) -> None:
@@ -107,7 +108,7 @@ def test_the_predictor_agrees_with_the_evaluation(model: PoseEstimator, config: 
     expected = predict(model, [batch], config.keypoint_set, device="cpu", flip_test=True)
     poses = Predictor(model, config, flip_test=True)(picture, BOXES)
     assert np.array_equal(poses.keypoints, expected.keypoints)
-    assert np.array_equal(poses.scores, expected.keypoint_scores)
+    assert np.array_equal(poses.raw_scores, expected.keypoint_scores)
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_weights_and_onnx_give_equal_poses(
 ) -> None:
     ours = Predictor.load(checkpoint, flip_test=flip_test)(picture, BOXES)
     theirs = Predictor.load(exported, flip_test=flip_test)(picture, BOXES)
-    assert np.allclose(ours.scores, theirs.scores, rtol=0, atol=1e-5 * np.abs(ours.scores).max())
+    assert np.allclose(ours.raw_scores, theirs.raw_scores, rtol=0, atol=1e-5 * np.abs(ours.raw_scores).max())
     assert (np.abs(ours.keypoints - theirs.keypoints) < 1e-3).mean() > 0.99  # equal bins may tie
 
 
@@ -157,7 +158,7 @@ def test_a_model_that_gives_no_numbers_is_refused(picture: np.ndarray) -> None:
 def test_written_poses_can_be_read_again(model: PoseEstimator, config: Config, picture: np.ndarray) -> None:
     for boxes in (BOXES, np.zeros((0, 4))):
         poses = Predictor(model, config)(picture, boxes)
-        again = Poses.from_records(poses.to_records(), poses.image_size, 133)
+        again = Poses.from_records(poses.to_records(), poses.image_size, config.keypoint_set)
         assert again.keypoints.shape == poses.keypoints.shape and again.to_records() == poses.to_records()
         assert np.allclose(again.keypoints, poses.keypoints, rtol=0, atol=0.0051)  # two decimals
 

@@ -17,7 +17,7 @@ from whole_people import whole_people
 from cigpose.cli.main import main
 from cigpose.config import Config, EvaluateConfig, RobustnessConfig, load_preset
 from cigpose.config.params_file import write_params
-from cigpose.deploy.onnx import export_onnx
+from cigpose.deploy.export import export_onnx
 from cigpose.evaluate.checkpoint import (
     Evaluation,
     dataset_truth,

@@ -185,6 +185,7 @@ def test_a_report_is_one_page_that_needs_nothing_beside_it(page: Path) -> None:
     assert kinds["data:image/svg+xml"] == 9 and kinds["data:image/jpeg"] == 6 + 10  # 6 images have people
 
 
+@pytest.mark.slow
 def test_equal_evaluations_give_equal_pages(page: Path, project: Project, tmp_path: Path) -> None:
     assert written(tmp_path, project, evaluated(project, SEVERAL_PARTS), data=LONG).read_bytes() == page.read_bytes()
 
@@ -209,6 +210,7 @@ def test_names_of_users_are_shown_and_not_obeyed(page: Path, project: Project, t
         assert text in seen.text
 
 
+@pytest.mark.slow
 def test_a_model_that_found_nobody_and_labels_of_nobody_have_a_report(project: Project, tmp_path: Path) -> None:
     evaluation = evaluated(project)
     lost = dataclasses.replace(evaluation.predictions, keypoints=evaluation.predictions.keypoints + 5000)

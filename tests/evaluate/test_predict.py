@@ -124,3 +124,11 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         Predictions.concatenate([])
     with pytest.raises(ValueError, match=r"cannot join sets of \[14, 17\]"):
         Predictions.concatenate([made, Predictions.empty(14)])
+
+
+def test_persons_come_out_in_the_order_of_the_shards_whatever_that_of_the_batches() -> None:
+    one, two = batch(3, seed=1), batch(2, seed=2)
+    numbered = [{**one, "number": torch.tensor([4, 0, 1])}, {**two, "number": torch.tensor([3, 2])}]
+    found = predict(Fixed(), numbered, COCO, device="cpu", flip_test=False)
+    plain = predict(Fixed(), [one, two], COCO, device="cpu", flip_test=False)
+    assert same(found, plain.select(np.array([1, 2, 4, 3, 0])))

@@ -26,7 +26,12 @@ def get(host: Any) -> Get:
     def ask(cache: ShardCache, number: int) -> Path:
         content = bytes([number]) * SIZE
         address = host.put(f"/{number}.tar", content)
-        return cache.shard(address, hashlib.sha256(content).hexdigest(), SIZE)
+        sha256 = hashlib.sha256(content).hexdigest()
+        if cache.find(sha256, SIZE) is None:
+            assert b"".join(cache.fetch(address, sha256, SIZE)) == content
+        path = cache.find(sha256, SIZE)
+        assert path is not None
+        return path
 
     return ask
 
@@ -90,7 +95,7 @@ HOLD = """
 import sys
 from cigpose.files.cache import ShardCache
 cache = ShardCache(sys.argv[1], None, 9)
-cache.shard("http://127.0.0.1:9/unasked", sys.argv[2], int(sys.argv[3]))
+assert cache.find(sys.argv[2], int(sys.argv[3]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -156,7 +161,7 @@ def test_a_cache_that_may_only_be_read_is_read(folder: Path, get: Get, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
         patch.setattr(os, "utime", refuse)
-        assert reader(folder, 3).shard("http://127.0.0.1:9/unasked", before.stem, SIZE) == before
+        assert reader(folder, 3).find(before.stem, SIZE) == before
 
 
 def test_where_no_process_can_hold_a_shard_none_is_removed(
@@ -170,3 +175,30 @@ def test_where_no_process_can_hold_a_shard_none_is_removed(
     for number in (1, 2, 3):
         get(cache, number)
     assert numbers(folder) == [1, 2, 3]
+
+
+def test_a_copy_is_there_once_all_of_a_shard_was_taken_and_not_before(folder: Path, host: Any) -> None:
+    content = bytes(3 << 20)
+    address, sha256 = host.put("/0.tar", content), hashlib.sha256(content).hexdigest()
+    cache = ShardCache(str(folder), None, 1)
+    given_up = cache.fetch(address, sha256, len(content))
+    next(given_up)
+    beside = cache.fetch(address, sha256, len(content))  # somebody else of the same process must not wait for it
+    assert b"".join(beside) == content
+    given_up.close()
+    assert cache.find(sha256, len(content)) is None and not list(folder.glob("*.part"))
+    assert b"".join(cache.fetch(address, sha256, len(content))) == content
+    assert cache.find(sha256, len(content)) is not None
+
+
+def test_what_is_not_the_shard_asked_for_is_given_and_not_kept(folder: Path, host: Any) -> None:
+    address = host.put("/0.tar", b"another")
+    cache = ShardCache(str(folder), None, 1)
+    assert b"".join(cache.fetch(address, "0" * 64, 9)) == b"another"
+    assert {path.suffix for path in folder.iterdir()} == {".lock"}
+
+
+def test_with_a_limit_of_nothing_no_copy_is_made(folder: Path, host: Any) -> None:
+    cache = ShardCache(str(folder), 0, 1)
+    assert b"".join(cache.fetch(host.put("/0.tar", b"content"), "0" * 64, 9)) == b"content"
+    assert cache.find("0" * 64, 7) is None and not folder.exists()

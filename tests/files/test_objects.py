@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cigpose.files.errors import FetchError, MissingError
-from cigpose.files.objects import fetch_object, names_in, put_object, read_object, remove_object, size_of
+from cigpose.files.objects import fetch_object, names_in, put_object, read_object, remove_object, size_of, stream_object
 
 SECRET = "moreSecretThanOthers"
 
@@ -69,6 +69,15 @@ def test_a_web_server_is_read_and_never_written_to(host: Any, file: Path) -> Non
     for write in (lambda: put_object(file, address), lambda: remove_object(address), lambda: names_in(address)):
         with pytest.raises(FetchError, match=r"/one: can only be read\. .* name a folder or s3://"):
             write()
+
+
+@pytest.mark.usefixtures("fast_retries")
+def test_a_stream_that_breaks_off_goes_on_where_it_was(host: Any, act: Any) -> None:
+    content = bytes(range(256)) * 20_000  # 5 MB, in pieces of at most one
+    acts = [act(drop_after=1_500_000), act(drop_after=1_500_000), act(status=503), act(drop_after=4_000_000)]
+    assert b"".join(stream_object(host.put("/one", content, *acts), len(content))) == content
+    with pytest.raises(FetchError, match="Tried 5 times"):
+        list(stream_object(host.put("/one", content, *[act(drop_after=9)] * 9), len(content)))
 
 
 @pytest.mark.usefixtures("fast_retries")

@@ -55,11 +55,12 @@ def seen(shim: Path, root: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_waits_for_the_gpu_once_and_an_evaluation_never(seen: dict[str, Any], case: str) -> None:
+def test_a_step_waits_for_the_gpu_once_and_an_evaluation_and_a_snapshot_never(seen: dict[str, Any], case: str) -> None:
     step, after_resume, evaluation = seen[case]["waits"]
     assert step == ["event"], "of the step before"
     assert len(after_resume) <= 1, after_resume
     assert not evaluation
+    assert not seen[case]["snapshot"], "of a checkpoint"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from cigpose.model.estimator import build_model
 from cigpose.model.hgnn import HGNN
 from cigpose.train.build import state_around
 from cigpose.train.divergence import NonFiniteLossError
+from cigpose.train.snapshots import Snapshot
 from cigpose.train.state import TrainState
 from cigpose.train.step import Copier, train_step
 
@@ -111,6 +112,26 @@ def test_a_training_goes_on_from_what_was_saved(gpu: torch.device) -> None:
     tensors, values = first.state_dict()
     second.load_state_dict({key: tensor.cpu() for key, tensor in tensors.items()}, values)
     assert take_steps(second, gpu, range(2, 4)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_snapshot_is_of_its_moment_and_nothing_waits_for_it(
+    gpu: torch.device, request: pytest.FixtureRequest
+) -> None:
+    state, snapshot, batch = make_state(gpu), Snapshot(), make_batch(gpu)
+    take_steps(state, gpu, range(2))
+    tensors, _ = state.state_dict()
+    snapshot.take(tensors)  # pinned memory is taken the first time, which waits
+    snapshot.read()
+    expected = {key: tensor.clone() for key, tensor in tensors.items()}
+    request.getfixturevalue("no_waiting")
+    snapshot.take(tensors)
+    train_step(state, [batch], rate=1e-3, clip_grad_norm=35.0)
+    torch.cuda.set_sync_debug_mode("default")
+    kept = snapshot.read()
+    assert all(tensor.is_pinned() for tensor in kept.values())
+    assert all(torch.equal(kept[key], tensor.cpu()) for key, tensor in expected.items())
+    name, moved = next(state.model.named_parameters())
+    assert not torch.equal(moved.cpu(), kept[f"model.{name}"])
 
 
 def test_the_graph_gives_the_same_bits_twice(gpu: torch.device) -> None:

@@ -12,7 +12,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from cigpose.files.errors import DataError
-from cigpose.loader.shards import ShardFiles, open_address
+from cigpose.loader.samples import read_record, read_shard
+from cigpose.loader.shards import open_address
 from cigpose.loader.stream import stream_pictures
 
 
@@ -22,10 +23,9 @@ def ids(pairs: Any) -> list[int]:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a dataset, read by offset."""
+    """The records of a dataset."""
     shards = open_address(str(folder))
-    tables = [shards.table(number) for number in range(len(shards.index.shards))]
-    return [ShardFiles().record(table.path, extent) for table in tables for extent in table.json_extents.tolist()]
+    return [read_record(sample) for number in range(len(shards.index.shards)) for sample in read_shard(shards, number)]
 
 
 def test_pictures_come_with_their_persons_in_the_order_of_the_dataset(tiny_shards: Any) -> None:
@@ -71,17 +71,31 @@ def test_pictures_are_streamed_from_s3(tiny_shards: Any, s3: Any, tmp_path: Path
     assert ids(stream_pictures("s3://shards/a", cache=str(tmp_path / "cache"))) == ids(stream_pictures(folder))
 
 
-@pytest.mark.parametrize("change", ["damaged", "cut", "swapped"])
-def test_nothing_of_a_shard_that_is_another_one_is_given(tiny_shards: Any, change: str) -> None:
+@pytest.mark.parametrize("place", ["disk", "server"])
+@pytest.mark.parametrize("change", ["damaged picture", "damaged header", "cut", "swapped", "no tar"])
+def test_a_shard_that_is_another_one_is_named_at_its_end_at_the_latest(
+    tiny_shards: Any, host: Any, tmp_path: Path, change: str, place: str
+) -> None:
     folder = tiny_shards.write("a", [2, 2])
     first, second = folder / "a-00000.tar", folder / "a-00001.tar"
-    pairs = iter(stream_pictures(folder))
     data = second.read_bytes()
-    changed = {"damaged": data[:3000] + b"x" + data[3001:], "cut": data[:4096], "swapped": first.read_bytes()}[change]
-    second.write_bytes(changed)
+    second.write_bytes(
+        {
+            "damaged picture": data[:3000] + b"x" + data[3001:],
+            "damaged header": bytes(range(256)) * 2 + data[512:],
+            "cut": data[:4096],
+            "swapped": first.read_bytes(),
+            "no tar": b"<html>".ljust(len(data)),
+        }[change]
+    )
+    for path in folder.iterdir():
+        host.put(f"/a/{path.name}", path.read_bytes())
+    address = f"{host.address}/a" if place == "server" else folder
+    pairs = iter(stream_pictures(address, cache=str(tmp_path / "cache")))
     assert len([next(pairs) for _ in range(2)]) == 2
-    with pytest.raises(DataError, match=r"a-00001\.tar: sha256 is .*index\.json says"):
-        next(pairs)
+    with pytest.raises(DataError, match=r"a-00001\.tar: (sha256 is|4096 bytes,) .*index\.json says"):
+        list(pairs)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == (1 if place == "server" else 0)
 
 
 def test_a_tar_that_ends_early_without_a_word_is_noticed_by_counting(tiny_shards: Any) -> None:

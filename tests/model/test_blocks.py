@@ -13,7 +13,7 @@ from cigpose.config import CausalConfig
 from cigpose.keypoints import COCO_WHOLEBODY, CROWDPOSE, KeypointSet
 from cigpose.model import hgnn, losses
 from cigpose.model.causal import CausalIntervention, confounding_score
-from cigpose.model.estimator import forward_flip_test, normalize
+from cigpose.model.estimator import forward_flip_test, images_for, normalize
 from cigpose.model.gau import GatedAttentionUnit, ScaleNorm
 from cigpose.model.hgnn import HGNN, EdgeConv, GroupAttention, directed_edges, group_membership
 
@@ -32,6 +32,7 @@ def parameters_of(unit):
     return {key.removeprefix("p/"): value for key, value in unit.items() if key.startswith("p/")}
 
 
+@pytest.mark.slow
 def test_scale_norm_and_attention_match_the_original(unit):
     expected = unit("gau")
     norm = ScaleNorm(8).double()
@@ -241,3 +242,13 @@ def test_crops_are_normalised_per_channel_of_rgb():
         images[0, :, 0, 0], -torch.tensor([123.675, 116.28, 103.53]) / images.new_tensor([58.395, 57.12, 57.375])
     )
     assert images[1, 2, 0, 0].item() == pytest.approx((255 - 103.53) / 57.375)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_lie_in_memory_as_the_weights_do(layout: torch.memory_format) -> None:
+    network = torch.nn.Conv2d(3, 8, 3).to(memory_format=layout)
+    crops = torch.randint(0, 256, (2, 16, 12, 3), dtype=torch.uint8)
+    images = images_for(network, crops)
+    assert images.is_contiguous(memory_format=layout)
+    assert torch.equal(images, normalize(crops))
+    assert images_for(torch.nn.Identity(), crops).is_contiguous()

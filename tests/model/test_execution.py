@@ -72,6 +72,7 @@ def test_shapes_and_types_are_as_documented(model):
     assert all(value.shape == () for value in losses.values())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_sample_does_not_depend_on_the_batch_around_it(model):
     images = make_batch(3)[0].double()
@@ -170,6 +171,7 @@ def test_the_whole_model_exports_with_any_batch(whole_model):
                 torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_number_of_head_operations_does_not_depend_on_edges_groups_or_batch(tiny_config):
     """No loops: a set of 3 keypoints takes as many operations as one of 133."""
     from torch.utils._python_dispatch import TorchDispatchMode

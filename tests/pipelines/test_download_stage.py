@@ -224,6 +224,7 @@ def test_killed_at_any_moment_a_rerun_goes_on_and_ends_with_the_same_bytes(
     assert project.files("coco") == sorted([*COCO, "manifest.json"])
 
 
+@pytest.mark.slow
 def test_interrupted_the_stage_says_that_it_can_go_on(project: Project, start_mirror: Callable[..., str]) -> None:
     project.params(mirror=start_mirror("--slow", "50"))
     process = project.start("coco")

@@ -35,6 +35,7 @@ def test_the_main_job_ends_with_a_registered_model_which_is_no_champion_before_i
     assert registered["alias"] == "challenger"
     assert "did the training get anywhere?" in registered["decision_text"]
     assert 0 <= metrics(project)["whole"]["AP"] <= 1
+    assert metrics(project)["whole_onnx"]["AP"] == pytest.approx(metrics(project)["whole"]["AP"], abs=0.02)
     assert list((project.folder / "data/report/pictures").glob("*.jpg"))
 
 

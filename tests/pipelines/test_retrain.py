@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import base64
 import functools
-import itertools
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,14 +16,16 @@ import psutil
 import pytest
 import requests
 import yaml
-from toy_stages import ORDER, dvc, make_toy, run, tree, wait_for
+from toy_stages import DVC, ORDER, dvc, make_toy, run, stage_group, tree, wait_for
+from webhook import SECRET, Webhook, webhook_here
 
-from cigpose.config import Config, load_params, load_preset
+from cigpose.config import Config, config_from_mapping, load_params, load_preset, presets
 from cigpose.config.params_file import write_params
 from cigpose.config.schema import ConfigError
 from pipelines import processes, retrain, ui
-from pipelines.retraining.artifacts import metric_rows
+from pipelines.retraining.comparison import metric_rows
 from pipelines.retraining.overrides import asked_config
+from pipelines.tracking.address import UnreachableError, connect
 
 
 @pytest.fixture
@@ -111,6 +111,16 @@ def test_a_stage_that_fails_at_once_is_not_tried_again_but_one_that_fails_late_i
     assert not train.allows_retry(KeyboardInterrupt())
 
 
+def test_registering_waits_for_an_mlflow_that_is_away_for_a_minute_and_for_nothing_else() -> None:
+    policy, soon = retrain.POLICIES["register"], 5.0
+    with pytest.raises(UnreachableError) as away:
+        connect(f"http://127.0.0.1:{ui.free_port()}")
+    unreachable, wrong = retrain.StageError(f"register: {away.value}"), retrain.StageError("register: no whole/AP.")
+    unreachable.seconds = wrong.seconds = soon
+    assert policy.allows_retry(unreachable) and not policy.allows_retry(wrong)
+    assert policy.retries * (policy.retry_delay_s + soon) > 60
+
+
 @pytest.mark.slow
 def test_importing_the_flow_asks_no_server(toy: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -191,13 +201,13 @@ def trained_epochs(folder: Path) -> int:
 
 
 class Prefect:
-    """A real Prefect server on loopback, with the deployments of prefect.yaml and a worker."""
+    """A real Prefect server on loopback, and the process that serves the deployments of prefect.yaml."""
 
     def __init__(self, folder: Path, server: ui.Server) -> None:
         self.folder = folder
         self.env = {"PREFECT_API_URL": f"{server.address}/api", "PREFECT_HOME": str(folder / ".prefect")}
         self.env |= {"PREFECT_API_AUTH_STRING": server.env["PREFECT_API_AUTH_STRING"]}
-        self.env |= {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.2"}
+        self.env |= {"PREFECT_RUNNER_POLL_FREQUENCY": "1", "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.2"}
 
     def command(self, *command: str) -> str:
         done = run(self.folder, "prefect", *command, **self.env)
@@ -222,8 +232,8 @@ class Prefect:
         reply.raise_for_status()
         return reply.json()
 
-    def start_run(self, **parameters: Any) -> str:
-        deployment = self.ask("deployments/name/retrain/weekly")["id"]
+    def start_run(self, deployment: str = "manual", **parameters: Any) -> str:
+        deployment = self.ask(f"deployments/name/retrain/{deployment}")["id"]
         return self.ask(f"deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
 
     def state(self, run_id: str) -> dict[str, Any]:
@@ -244,31 +254,34 @@ class Prefect:
 
 
 @pytest.fixture
-def prefect(toy: Path) -> Iterator[Prefect]:
+def webhook(toy: Path, config: Config) -> Iterator[Webhook]:
+    """Told of the toy's retrainings."""
+    with webhook_here() as webhook:
+        values = config.to_mapping()
+        values["notify"]["webhook"] = webhook.address
+        write_params(config_from_mapping(values), toy / "params.yaml")
+        yield webhook
+
+
+@pytest.fixture
+def prefect(toy: Path, webhook: Webhook) -> Iterator[Prefect]:
     server = ui.prefect_server(toy, ui.free_port())
     with ui.running(server, root=toy, timeout_s=300):
         made = Prefect(toy, server)
-        made.command("work-pool", "create", "local", "--type", "process")
-        made.command("--no-prompt", "deploy", "--all")
-        with (toy / "worker.log").open("w") as log:
-            command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"]
-            # From another folder: the deployment knows its own.
-            worker = processes.start(command, cwd=toy.parent, env=made.env, output=log)
-            try:
-                yield made
-            finally:
-                processes.stop_group(worker, ((signal.SIGINT, 20.0), (signal.SIGKILL, 5.0)))
+        with ui.running(ui.deployments_server(toy, made.env), root=toy) as (made.serving,):
+            yield made
 
 
 @pytest.mark.slow
 def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cancelled_whole(
-    toy: Path, prefect: Prefect
+    toy: Path, prefect: Prefect, webhook: Webhook
 ) -> None:
     """One story on one server, since starting it takes longest."""
     filters = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "sort": "EXPECTED_START_TIME_ASC"}
     scheduled = wait_for(lambda: prefect.ask("flow_runs/filter", filters))  # the pins of fastapi and sqlalchemy hold
     assert scheduled[0]["auto_scheduled"]
     assert scheduled[0]["state"]["name"] == "Scheduled"
+    check_the_deployments(prefect)
 
     before = tree(toy)
     first = prefect.start_run(overrides={"train.epochs": 6})
@@ -284,8 +297,6 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     assert table[0] == {"part": "whole", "AP": 0.61, "AR": 0.7}
     assert "version 3 is the new champion" in artifacts["retrain-registered"]["data"]
     assert "http://127.0.0.1:5000/#/runs/1" in artifacts["retrain-mlflow"]["data"]
-    if os.environ.get("CIGPOSE_KEEP_SCREENSHOTS"):
-        _keep_pictures(prefect, first)
 
     (toy / "control/fail").write_text("register")
     failed = prefect.wait_end(second := prefect.start_run(force=["register"], start_from="register"))
@@ -297,7 +308,7 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
 
     (toy / "control/slow").write_text("train")
     third = prefect.start_run(overrides={"train.epochs": 7})
-    group = waiting_group(toy)
+    group = stage_group(toy)
     refused = prefect.wait_end(prefect.start_run())
     assert refused["type"] == "CANCELLED"  # after hours perhaps
     started = time.monotonic()
@@ -310,9 +321,49 @@ def test_the_deployment_is_scheduled_runs_fails_in_the_stages_words_and_is_cance
     prefect.command("flow-run", "cancel", third)
     assert prefect.wait_end(third)["type"] == "CANCELLED"
     wait_for(lambda: processes.group_members(group) == [], timeout_s=10)
+    looked = prefect.wait_end(prefect.start_run("on-new-data", only_if_new_data=True))
+    assert (looked["name"], looked["message"]) == (
+        "No new data",
+        "No shard would change: all sources are as they were.",
+    )
     check_that_a_killed_run_is_marked_by_the_next(toy, prefect)
     assert tree(toy) == before
     assert len(dvc(toy, "exp", "list", "--name-only").split()) == 1  # of the run that came to its end
+    check_that_whoever_stops_serving_stops_the_run_at_work(toy, prefect)
+    champion, failure = webhook.texts  # and nobody is told of what was cancelled, or did nothing
+    assert champion.startswith(":trophy: New champion: retrain-") and "toy: version 3 is the new champion." in champion
+    assert failure.startswith(":x: Retraining failed: retrain-") and "register: annotation 7: foot_kpts" in failure
+    assert SECRET not in "".join(path.read_text() for path in toy.rglob("*.log"))
+    prefect.command("work-pool", "create", "local", "--type", "process")
+    prefect.command("--no-prompt", "deploy", "--all")  # the same for a worker
+    assert prefect.ask("deployments/name/retrain/nightly")["work_pool_name"] == "local"
+
+
+def check_the_deployments(prefect: Prefect) -> None:
+    nightly, new_data, manual = (
+        prefect.ask(f"deployments/name/retrain/{name}") for name in ("nightly", "on-new-data", "manual")
+    )
+    (when,) = (item["schedule"] for item in nightly["schedules"])
+    assert (when["cron"], when["timezone"], manual["schedules"]) == ("0 3 * * *", "UTC", [])
+    assert new_data["parameters"] == {"only_if_new_data": True}
+    offered = manual["parameter_openapi_schema"]["properties"]
+    assert offered["preset"]["enum"] == ["params.yaml", *presets()]
+    assert offered["force"]["items"]["enum"] == ["all", *DVC] and offered["start_from"]["enum"][1:] == list(DVC)
+    with pytest.raises(requests.HTTPError) as refused:
+        prefect.start_run(preset="quickstar")
+    reply = refused.value.response
+    assert reply.status_code == 409 and "'quickstar' is not one of ['params.yaml'" in reply.text
+
+
+def check_that_whoever_stops_serving_stops_the_run_at_work(toy: Path, prefect: Prefect) -> None:
+    """As Ctrl-C of `make ui` does; Prefect's own handler left run and stage behind."""
+    run_id = prefect.start_run(overrides={"train.epochs": 9})
+    group = stage_group(toy)
+    prefect.serving.terminate()
+    assert prefect.serving.wait(40) == 0
+    assert processes.group_members(group) == processes.group_members(prefect.serving.pid) == []
+    state = prefect.state(run_id)
+    assert (state["type"], state["message"]) == ("CANCELLED", "Runner is shutting down.")
 
 
 def check_that_a_killed_run_is_marked_by_the_next(toy: Path, prefect: Prefect) -> None:
@@ -320,7 +371,7 @@ def check_that_a_killed_run_is_marked_by_the_next(toy: Path, prefect: Prefect) -
     command = [sys.executable, "-m", "pipelines.retrain", "-S", "train.epochs=6", "--force", "train"]
     with (toy / "killed.log").open("w") as log:
         flow = processes.start(command, cwd=toy, output=log)
-    group = waiting_group(toy)
+    group = stage_group(toy)
     wait_for(lambda: "train at work anew" in (toy / "killed.log").read_text())
     flow.kill()
     flow.wait()
@@ -337,23 +388,3 @@ def check_that_a_killed_run_is_marked_by_the_next(toy: Path, prefect: Prefect) -
     next_run = prefect.by_hand()[0]
     assert (next_run["state"]["type"], next_run["state"]["name"]) == ("COMPLETED", "Up to date")
     assert not prefect.ask("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [next_run["id"]]}}})
-
-
-def waiting_group(toy: Path) -> int:
-    """Process group of the stage that has begun to wait."""
-    pids = toy / "control/pids"
-    wait_for(lambda: pids.exists() and pids.read_text())
-    group = os.getpgid(psutil.Process(int(pids.read_text())).pid)
-    assert len(processes.group_members(group)) >= 3
-    pids.unlink()
-    return group
-
-
-def _keep_pictures(prefect: Prefect, run_id: str) -> None:
-    base = prefect.env["PREFECT_API_URL"].removesuffix("/api")
-    pages = ("runs", f"runs/flow-run/{run_id}", "deployments", "v2/artifacts")
-    for number, page in zip(itertools.count(), pages, strict=False):
-        target = f"--screenshot={os.environ['CIGPOSE_KEEP_SCREENSHOTS']}/prefect-{number}.png"
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,900"]
-        command += [f"--user-data-dir={prefect.folder / 'chromium'}", "--virtual-time-budget=20000", target]
-        subprocess.run([*command, f"{base}/{page}"], capture_output=True, timeout=120)

@@ -13,7 +13,7 @@ import yaml
 from cigpose.config import Config, config_from_mapping, load_preset, public_params
 from cigpose.config.params_file import write_params
 from cigpose.config.schema import ADDRESS, field_marks, to_mapping
-from cigpose.deploy.onnx import export_onnx
+from cigpose.deploy.export import export_onnx
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import read_config, save_weights
 from pipelines import register, ui
@@ -22,7 +22,7 @@ from pipelines.tracking.courier import tracked
 
 SECRET = "S3CRET"
 LOOKS_LIKE_ONE = re.compile(
-    r"address|ur[il]s?$|mirror|_ids?$|locations?$|endpoint|pretrained|token|secret|password|key$", re.I
+    r"address|ur[il]s?$|webhook|mirror|_ids?$|locations?$|endpoint|pretrained|token|secret|password|key$", re.I
 )
 
 
@@ -34,6 +34,7 @@ def planted(values: dict[str, Any], tracking_uri: str) -> Config:
     values["model"]["backbone"]["pretrained"] = f"https://user:{SECRET}@127.0.0.1:9/x.pth?sig={SECRET}"
     values["train"]["checkpoint"]["address"] = f"s3://user:{SECRET}@bucket/x"
     values["registry"]["tracking_uri"] = tracking_uri
+    values["notify"]["webhook"] = f"https://127.0.0.1:9/services/{SECRET}"
     return config_from_mapping(values)
 
 

@@ -66,6 +66,7 @@ def test_a_key_with_shell_text_in_it_runs_nothing_and_is_refused_in_one_sentence
     assert "Traceback" not in run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_a_key_that_leads_elsewhere_costs_nobody_a_folder(pipeline: Path) -> None:
     """DVC takes an output away before it runs a stage, and so before any code of ours can look at its name."""
     inside, outside = pipeline / "precious", pipeline.parent / "outside"

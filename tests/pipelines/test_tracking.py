@@ -224,6 +224,7 @@ def test_a_record_that_does_not_fit_on_the_disk_spoils_no_other(tmp_path: Path) 
     assert [record["step"] for record in read_records(path)] == [3, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "[]", '{"id"'])
 def test_a_spoilt_note_of_another_run_stops_nobody(
     project: Path, folder: Path, config: Config, address: str, caplog: pytest.LogCaptureFixture, content: str

@@ -94,6 +94,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ui.choose_port(1, "SOME_PORT") == free
 
 
+ROOT = Path(__file__).resolve().parents[2]
 EVIL = {"Origin": "http://evil.example"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -133,9 +134,10 @@ def check_that_no_other_page_can_start_a_run(prefect: str, token: str) -> None:
         reply = requests.get(f"{prefect}/api/csrf-token", params={"client": "x"}, headers=headers, timeout=30)
         assert reply.status_code == 401
         assert "Access-Control-Allow-Origin" not in reply.headers
-    assert ask("flow_runs/filter", {}) == []
+    mine = {"deployments": {"id": {"any_": [deployment]}}}
+    assert ask("flow_runs/filter", mine) == []
     assert ask(f"deployments/{deployment}/create_flow_run", {})["deployment_id"] == deployment
-    assert len(ask("flow_runs/filter", {})) == 1
+    assert len(ask("flow_runs/filter", mine)) == 1
 
 
 def check_that_no_other_page_can_use(mlflow: str) -> None:
@@ -159,6 +161,8 @@ def test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_n
     project: Path, config: Config
 ) -> None:
     write_params(config, project / "params.yaml")
+    shutil.copy(ROOT / "prefect.yaml", project)
+    (project / "pipelines").symlink_to(ROOT / "pipelines")
     with tracked(config, project / ".runs/a") as run:
         for step in range(20):
             run.log_record({"kind": "log", "step": step, "loss": 1 / (step + 1)})
@@ -177,6 +181,10 @@ def test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_n
         assert f"MLflow   {mlflow}\n" in printed
         token = (project / ".prefect/token").read_text()
         assert f"Prefect's page asks once for a password: {token}\n" in printed
+        assert "\nDeployments: nightly, on-new-data, manual.\n" in printed
+        second = subprocess.run([sys.executable, "-m", "pipelines.ui"], capture_output=True, text=True, timeout=120)
+        assert second.returncode == 0 and f"is running already (process {process.pid} on " in second.stdout
+        assert second.stdout.endswith(f"Prefect  {prefect}\nMLflow   {mlflow}\n")
         check_that_no_other_page_can_start_a_run(prefect, token)
         check_that_no_other_page_can_use(mlflow)
         assert (project / ".prefect/api_url").read_text().strip() == f"{prefect}/api"
@@ -197,12 +205,13 @@ def test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_n
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         finally:
             processes.stop_group(process)
             log.close()
     assert (project / "ui.log").read_text().endswith("Stopped.\n")
     assert not (project / ".prefect/api_url").exists()
+    assert access.read_pages(project) == access.Pages(prefect=prefect, mlflow=mlflow)  # the next takes these ports
     assert all(processes.group_members(server) == [] for server in servers)
     if CHROMIUM is None:
         pytest.skip("all of it holds, but without chromium nobody saw whether the pages are drawn")

@@ -83,6 +83,10 @@ def test_a_run_in_the_workspace_leaves_the_users_tree_as_it_is_and_comes_back_as
 
 @pytest.mark.slow
 def test_the_next_workspace_goes_on_where_a_stopped_one_was_and_the_users_data_stay(toy: Path) -> None:
+    file = toy / "params.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["data"]["download"]["sources"] = {"other": ["train2017.zip"]}
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     first = make_workspace(toy)
     assert {"render@rendered-train", "download", "train"} <= set(stale_stages(first.folder))
     repro(first, "render", "download")
@@ -90,14 +94,19 @@ def test_the_next_workspace_goes_on_where_a_stopped_one_was_and_the_users_data_s
     half.mkdir(parents=True)
     (half / "train2017.zip").write_text("half of it")
     (first.folder / ".git/HEAD").unlink()  # as a kill may leave it
-    (toy / "data/raw/mine").mkdir(parents=True)
-    (toy / "data/raw/mine/weights").write_text("a user's own")
+    for name in ("mine", "pretrained"):
+        (toy / "data/raw" / name).mkdir(parents=True)
+        (toy / "data/raw" / name / "weights").write_text("a user's own")
+        (first.folder / "data/raw" / name).mkdir()
+        (first.folder / "data/raw" / name / "weights").write_text("as they were then")
 
     second = make_workspace(toy)
     assert not set(stale_stages(second.folder)) & {"render@rendered-train", "render@rendered-val", "download"}
     assert (second.folder / "data/raw/other/.partial/train2017.zip").read_text() == "half of it"
-    assert (second.folder / "data/raw/mine/weights").samefile(toy / "data/raw/mine/weights")
-    assert not (toy / "dvc.lock").exists() and [path.name for path in (toy / "data/raw").iterdir()] == ["mine"]
+    for name in ("mine", "pretrained"):
+        assert (second.folder / "data/raw" / name / "weights").samefile(toy / "data/raw" / name / "weights")
+    assert not (toy / "dvc.lock").exists()
+    assert sorted(path.name for path in (toy / "data/raw").iterdir()) == ["mine", "pretrained"]
 
 
 def test_a_project_that_git_does_not_know_is_refused_in_one_sentence(tmp_path: Path) -> None:

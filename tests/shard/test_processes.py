@@ -175,6 +175,7 @@ def at_work(folder: Path) -> Callable[[], bool]:
     return lambda: any(path.stat().st_size > 10_000 for path in (folder / "data/raw").glob(".*.part/images.zip"))
 
 
+@pytest.mark.slow
 def test_a_rendering_whose_worker_is_killed_ends_with_one_sentence_and_the_old_files(
     tmp_path: Path, sharder: Any, start: Any
 ) -> None:

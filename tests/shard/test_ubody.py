@@ -37,6 +37,7 @@ def _counts(sharder: Any, index: Any) -> dict[str, int]:
     return {"images": len(truth["images"]), "annotations": len(truth["annotations"]), "valid": index.persons}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 10])
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.parametrize("first_only", [False, True], ids=["every person", "first person only"])

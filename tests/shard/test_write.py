@@ -77,6 +77,21 @@ def test_several_processes_write_the_same_bytes_as_one(raw: Path, sharder: Any) 
     assert tree(sharder.folder) == first
 
 
+def test_pictures_can_be_shuffled_within_their_shard_always_in_the_same_way(tmp_path: Path, sharder: Any) -> None:
+    raw = make_raw(tmp_path / "raw", images=30)
+    sharder(raw, sharding={"images_per_shard": 10}, **OWN)
+    plain = [list(members(path)) for path in sorted(sharder.folder.glob("*.tar"))]
+    trees = []
+    for _ in range(2):
+        sharder(raw, sharding={"images_per_shard": 10, "shuffle": True}, **OWN)
+        trees.append(tree(sharder.folder))
+    mixed = [list(members(path)) for path in sorted(sharder.folder.glob("*.tar"))]
+    assert trees[0] == trees[1]
+    assert all(one != other and sorted(one) == sorted(other) for one, other in zip(plain, mixed, strict=True))
+    keys = [name.partition(".") for name, _ in mixed[0]]
+    assert all(one[0] == other[0] for one, other in zip(keys[::2], keys[1::2], strict=True))
+
+
 @pytest.mark.parametrize(
     ("images", "per_shard", "sizes"), [(10, 3, [2, 2, 3]), (10, 7, [7]), (15, 4, [3, 3, 4]), (1, 9, [1])]
 )

@@ -25,6 +25,7 @@ from cigpose.codec import decode
 from cigpose.config import Config, config_from_mapping, load_preset
 from cigpose.model.estimator import Normalize, build_model, forward_flip_test
 from cigpose.train.build import state_around
+from cigpose.train.snapshots import Snapshot
 from cigpose.train.state import TrainState
 from cigpose.train.step import train_step
 
@@ -67,6 +68,9 @@ def look_at_case(case: dict[str, Any]) -> dict[str, Any]:
         step = look_at_step(state, config)
         with fake_cuda.watch():
             tensors, values = state.state_dict()
+        with fake_cuda.watch() as snapshot:
+            Snapshot().take(tensors)
+        with fake_cuda.watch():
             state.load_state_dict({key: tensor.cpu() for key, tensor in tensors.items()}, values)
         moments = {tensor.device.type for moments in state.optimizer.state.values() for tensor in moments.values()}
         resumed = look_at_step(state, config)
@@ -76,6 +80,7 @@ def look_at_case(case: dict[str, Any]) -> dict[str, Any]:
     watches = (step, resumed, evaluation)
     return {
         "case": shown,
+        "snapshot": snapshot.waits,
         "waits": [watch.waits for watch in watches],
         "mixed": [operation for watch in watches for operation in watch.mixed],
         "log_softmax": sorted({str(dtype) for name, dtype in step.dtypes if name == "_log_softmax"}),

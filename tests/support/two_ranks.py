@@ -39,9 +39,23 @@ def _join(function: Callable[[int], Any], rank: int, port: int) -> Any:
         distributed.destroy_process_group()
 
 
-def both(rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """`batch_norms` and `training`, for the start of the processes takes longest."""
-    return batch_norms(rank), training(rank)
+def both(rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Tensor]]:
+    """`batch_norms`, `training` and `received`, for the start of the processes takes longest."""
+    return batch_norms(rank), training(rank), received(rank)
+
+
+def make_tensors() -> dict[str, Tensor]:
+    """Of every kind that a checkpoint holds."""
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    return {"image": image.to(memory_format=torch.channels_last), "count": torch.tensor(3), "half": image.bfloat16()}
+
+
+def received(rank: int) -> dict[str, Tensor]:
+    """What this rank has of a checkpoint that rank 0 has read."""
+    from cigpose.train.workers import tensors_from_rank_0
+
+    return tensors_from_rank_0(make_tensors() if rank == 0 else None)
 
 
 def make_layer() -> nn.BatchNorm2d:
@@ -109,21 +123,23 @@ def _pass(layer: nn.BatchNorm2d, called: Callable[[Tensor], Tensor], rank: int) 
 
 
 def training(rank: int) -> dict[str, Any]:
-    """Two steps of a small model, plain and compiled: losses, graphs, breaks, warnings, sum of weights."""
+    """Steps of two sizes of a small model, plain and compiled: losses, graphs, breaks, warnings, sum of weights."""
     from tiny_training import make_config
 
     from cigpose.model.estimator import build_model
     from cigpose.train.build import state_around
     from cigpose.train.step import train_step
 
-    batch = {
-        "crops": torch.randint(
-            0, 256, (2, 64, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(rank)
-        ),
-        "keypoints": torch.full((2, 133, 2), 20.0 + rank),
-        "visible": torch.ones(2, 133),
-        "keys": ["a", "b"],
-    }
+    generator = torch.Generator().manual_seed(rank)
+    batches = [
+        {
+            "crops": torch.randint(0, 256, (persons, 64, 48, 3), dtype=torch.uint8, generator=generator),
+            "keypoints": torch.full((persons, 133, 2), 20.0 + rank),
+            "visible": torch.ones(persons, 133),
+            "keys": ["a"] * persons,
+        }
+        for persons in (3, 2, 3, 2)  # as the last batch of each epoch has another size
+    ]
     answer: dict[str, Any] = {}
     compile_module = nn.Module.compile
     # captured and cut into DDP's buckets, but not compiled further, which takes minutes
@@ -141,7 +157,7 @@ def training(rank: int) -> dict[str, Any]:
         torch._dynamo.utils.counters.clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            losses = [train_step(state, [batch], rate=1e-3, clip_grad_norm=35.0)["loss"].item() for _ in range(2)]
+            losses = [train_step(state, [b], rate=1e-3, clip_grad_norm=35.0)["loss"].item() for b in batches]
         counters = torch._dynamo.utils.counters
         answer["compiled" if compiled else "eager"] = {
             "losses": losses,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorded import Recorder, place
 from tiny_training import make_config
 
 from cigpose.config import Config, RenderConfig
 from cigpose.render import render_dataset
 from cigpose.shard.write import write_dataset
+from cigpose.train.loop import train
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +32,29 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         render_dataset(rendered, folder / "raw" / name)
         write_dataset(make_config(), name, folder / "raw", folder / "shards")
     return folder / "shards"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with _one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, dict[str, Any]]:
+    """A training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    config, recorder = make_config(), Recorder()
+    with _one_thread():
+        return folder, recorder, train(config, place(config, shards, folder), recorder)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def answers() -> list[Any]:
 
 @pytest.mark.slow
 def test_two_workers_normalise_as_torchs_own_does_in_each_of_its_ways(answers: Any) -> None:
-    by_rank = [norms for norms, _training in answers]
+    by_rank = [norms for norms, _training, _received in answers]
     layer, (x, weights) = two_ranks.make_layer().double(), two_ranks.make_values()
     joint = x.double().requires_grad_()
     out = layer(joint)
@@ -76,12 +76,23 @@ def test_two_workers_normalise_as_torchs_own_does_in_each_of_its_ways(answers: A
                     assert (value - reference).abs().max() < 1e-6 * reference.abs().max(), (way, name)
 
 
-def test_two_compiled_workers_have_one_graph_each_and_take_the_steps_of_plain_ones(answers: Any) -> None:
-    by_rank = [training for _norms, training in answers]
+@pytest.mark.slow
+def test_two_compiled_workers_have_a_graph_for_each_size_of_batch_and_take_plain_steps(
+    answers: Any,
+) -> None:
+    by_rank = [training for _norms, training, _received in answers]
     for found in by_rank:
         assert not found["eager"]["warnings"], "gradients are laid out as the buckets are"
-        assert found["compiled"]["graphs"] == 1
+        assert found["compiled"]["graphs"] == 2
         assert not found["compiled"]["breaks"]
         assert found["compiled"]["losses"] == pytest.approx(found["eager"]["losses"], rel=1e-5)
     assert by_rank[0]["eager"]["losses"] != by_rank[1]["eager"]["losses"]
     assert by_rank[0]["compiled"]["weights"] == by_rank[1]["compiled"]["weights"]
+
+
+@pytest.mark.slow
+def test_a_worker_receives_the_tensors_that_rank_0_has_read(answers: Any) -> None:
+    for _norms, _training, received in answers:
+        expected = two_ranks.make_tensors()
+        assert {key: tensor.dtype for key, tensor in received.items()} == {k: t.dtype for k, t in expected.items()}
+        assert all(torch.equal(received[key], tensor) for key, tensor in expected.items())

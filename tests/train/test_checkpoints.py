@@ -43,6 +43,31 @@ def test_the_newest_of_the_kept_checkpoints_is_loaded(address: str) -> None:
     assert torch.equal(tensors["weight"], torch.full((3, 2), 10.0))
 
 
+def test_what_a_killed_process_left_is_removed_and_what_it_had_moved_aside_is_back(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save(step, *state(step))
+    aside = tmp_path / ".step-000000002.abcdefgh.old"
+    aside.mkdir()
+    (tmp_path / "step-000000002").rename(aside / "step-000000002")
+    for name in ("step-000000009", ".step-000000009.partial-abc"):  # half removed; half written
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    store.clear_halves()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
+    assert stored(store) == 2
+
+
+def test_half_a_checkpoint_on_s3_is_removed_and_the_others_stay(s3: Any) -> None:
+    s3.create_bucket(Bucket="training")
+    store = CheckpointStore("s3://training/run")
+    store.save(3, *state(3))
+    s3.put_object(Bucket="training", Key="run/step-000000009/state.json", Body=b"{}")
+    store.clear_halves()
+    assert stored(store) == 3
+    assert not any("step-000000009/" in item["Key"] for item in s3.list_objects_v2(Bucket="training")["Contents"])
+
+
 def test_tensors_of_any_layout_come_back_equal(address: str) -> None:
     store = CheckpointStore(address)
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)

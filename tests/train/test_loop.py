@@ -11,86 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorded import KilledError, Recorder, deterministic, final_state, place
 
 from cigpose.loader.plan import train_batch_sizes
-from cigpose.train import loop
+from cigpose.train import loop, validation
 from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
-from cigpose.train.loop import Place, train
-from cigpose.train.state import influential_params
-
-
-class KilledError(Exception):
-    pass
-
-
-class Recorder:
-    """Listener that remembers, and can end the training at a step as a signal would."""
-
-    def __init__(self, killed_at: int | None = None) -> None:
-        self.killed_at = killed_at
-        self.started: list[int] = []
-        self.logs: list[dict[str, Any]] = []
-        self.validations: list[dict[str, Any]] = []
-        self.checkpoints: list[str] = []
-        self.num_predictions: list[int] = []
-        self.crops: np.ndarray | None = None
-
-    def on_start(self, state: Any, total_steps: int) -> None:
-        self.started += [state.step, total_steps]
-
-    def on_crops(self, crops: np.ndarray, keypoints: np.ndarray, visible: np.ndarray) -> None:
-        self.crops = crops if self.crops is None else self.crops
-
-    def on_log(self, record: dict[str, Any]) -> None:
-        self.logs.append(record)
-        if self.killed_at is not None and record["step"] >= self.killed_at:
-            raise KilledError
-
-    def on_validation(self, record: dict[str, Any], predictions: Any) -> None:
-        self.validations.append(record)
-        self.num_predictions.append(len(predictions))
-
-    def on_checkpoint(self, name: str) -> None:
-        self.checkpoints.append(name)
-
-
-def place(config: Any, shards: Path, folder: Path) -> Place:
-    return Place(
-        rank=0,
-        world=1,
-        device=torch.device("cpu"),
-        shards=shards,
-        root=folder,
-        store=CheckpointStore(folder / "checkpoints", config.train.checkpoint.keep),
-        params=influential_params(config, {}),
-    )
-
-
-def final_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    _, tensors, values = CheckpointStore(folder / "checkpoints").load_newest()
-    return tensors, values
-
-
-def deterministic(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    clock = ("images_per_s", "data_wait", "eta_s", "memory_mb", "seconds")
-    return [{key: value for key, value in record.items() if key not in clock} for record in records]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def whole_run(tiny_config: Any, shards: Path, tmp_path_factory: Any) -> tuple[Path, Recorder, dict[str, Any]]:
-    """A training that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    config, recorder = tiny_config(), Recorder()
-    return folder, recorder, train(config, place(config, shards, folder), recorder)
+from cigpose.train.loop import train
 
 
 def test_a_training_logs_validates_and_keeps_checkpoints(whole_run: Any) -> None:
@@ -103,7 +30,7 @@ def test_a_training_logs_validates_and_keeps_checkpoints(whole_run: Any) -> None
         0
     ].keys()
     assert [record["epoch"] for record in recorder.validations] == [1, 2]
-    assert recorder.num_predictions[0] == recorder.num_predictions[1] > 0
+    assert len(recorder.predictions[0]) == len(recorder.predictions[1]) > 0
     assert len(CheckpointStore(folder / "checkpoints").names()) == 2
     assert recorder.crops is not None and recorder.crops.dtype == np.uint8
     assert result["history"] == sorted(recorder.logs + recorder.validations, key=lambda r: (r["step"], r["kind"]))
@@ -126,6 +53,7 @@ def test_epochs_are_measured_by_their_own_protocol_and_not_by_that_of_the_finish
     assert deterministic(result["history"]) == deterministic(whole_run[2]["history"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [2, 4, 8], ids=["before a checkpoint", "between two", "second epoch"])
 def test_a_resumed_training_ends_bit_equal_to_one_never_interrupted(
     tiny_config: Any, shards: Path, tmp_path: Path, whole_run: Any, killed_at: int
@@ -197,9 +125,32 @@ def test_a_checkpoint_beyond_the_end_of_the_epoch_goes_on_with_the_next(
     assert store.load_newest()[2]["weights"] == result["weights"]
 
 
+def test_the_next_batch_is_on_its_way_to_the_device_while_a_step_is_computed(
+    tiny_config: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Watched(loop.Copier):
+        def begin(self, batch: Any) -> Any:
+            order.append("copy")
+            return super().begin(batch)
+
+    def step(state: Any, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        order.append("step")
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(loop, "Copier", Watched)
+    monkeypatch.setattr(loop, "train_step", step)
+    config = tiny_config()
+    training = loop._Training(config, place(config, shards, tmp_path), Recorder())
+    training._run_epoch()
+    steps = training.steps_per_epoch
+    assert order == ["copy"] + ["copy", "step"] * (steps - 1) + ["step"]
+
+
 def test_an_unknown_metric_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"train.validation.metric: 'whole/PCK' is not among .*whole/AP"):
-        loop.chosen_metric({"whole/AP": 0.1}, "whole/PCK")
+        validation.chosen_metric({"whole/AP": 0.1}, "whole/PCK")
 
 
 def test_checkpoints_can_follow_the_clock(
