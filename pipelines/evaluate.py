@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(metrics, METRICS)
     metric = evaluation.config.evaluate.metric
-    speed = len(evaluation.predictions) / evaluation.seconds  # not on the page: the same model gives the same bytes
+    speed = len(evaluation.predictions) / evaluation.seconds
     value = evaluation.metrics.get(metric, float("nan"))
     print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
     print(report.parts_table(metrics), end="")
