@@ -4,7 +4,8 @@ data/report/results.json        COCO results, which other tools score identicall
 data/report/predictions.npz     every person, every keypoint, every score
 data/report/measurement.json    figures with intervals, people and protocol: what a registration elsewhere needs
 data/report/matches.npz         what another model is compared with picture by picture
-data/report/report.html         one page: figures, curves, kinds of error, people, pictures, protocol
+data/report/report.html         one page: figures, curves, kinds of error, robustness, people, pictures, protocol
+data/report/robustness.json     {retained: {part: [share, low, high]}, ...}, where the stage before measured it
 data/report/pictures/*.jpg      predictions beside the labels, contact sheets
 data/report/model.onnx          the network, checked against torch
 data/report/calibration.json    what the scores of these two files mean, as probabilities
@@ -14,9 +15,11 @@ data/plots/parts.csv            AP and AR per part
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,9 +31,21 @@ from cigpose.evaluate.calibration import fit_calibration
 from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, measure, sample_pictures
 from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
+from cigpose.evaluate.robustness import Robustness
+from cigpose.files.atomic import write_json
 from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
-from pipelines.paths import LOSS_PLOT, METRICS, PARTS_PLOT, REPORT, SHARDS, VALIDATION_PLOT, WEIGHTS
+from pipelines.paths import (
+    CHAMPION_FIGURES,
+    LOSS_PLOT,
+    METRICS,
+    PARTS_PLOT,
+    REPORT,
+    ROBUSTNESS,
+    SHARDS,
+    VALIDATION_PLOT,
+    WEIGHTS,
+)
 from pipelines.registry.measurement import write_measurement
 from pipelines.stage import stage
 
@@ -49,7 +64,7 @@ def main(config: Config) -> None:
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(metrics, METRICS)
     metric = evaluation.config.evaluate.metric
-    speed = len(evaluation.predictions) / evaluation.seconds  # not on the page: the same model gives the same bytes
+    speed = len(evaluation.predictions) / evaluation.seconds
     value = evaluation.metrics.get(metric, float("nan"))
     print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
     print(report.parts_table(metrics), end="")
@@ -77,8 +92,31 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
         folder / "pictures",
         truth=evaluation.truth,
     )
-    facts = protocol(config, evaluation)
-    write_page(folder / "report.html", evaluation, shards, facts=facts, loss=LOSS_PLOT, validation=VALIDATION_PLOT)
+    robustness = Robustness.from_mapping(_read(ROBUSTNESS), where=str(ROBUSTNESS))
+    if robustness is not None:
+        write_json(folder / "robustness.json", robustness.summary())
+    write_page(
+        folder / "report.html",
+        evaluation,
+        shards,
+        facts=protocol(config, evaluation),
+        loss=LOSS_PLOT,
+        validation=VALIDATION_PLOT,
+        model=load_checkpoint(WEIGHTS),
+        robustness=robustness,
+        champion=_read(CHAMPION_FIGURES),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as err:
+        raise ValueError(f"{path}: not valid JSON ({err}). Delete it and run again.") from err
+    return dict(content)
 
 
 def calibrate(evaluation: Evaluation, folder: Path) -> None:

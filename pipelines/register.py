@@ -25,9 +25,9 @@ from cigpose.config import Config
 from cigpose.files.atomic import claimed, write_json
 from cigpose.files.digest import sha256_of
 from pipelines.lineage import project_root
-from pipelines.paths import MODEL, REGISTERED, REPORT, RUNS, WEIGHTS
+from pipelines.paths import CHAMPION_FIGURES, MODEL, REGISTERED, REPORT, RUNS, WEIGHTS
 from pipelines.registry.gate import Rules
-from pipelines.registry.outcome import identity, outcome, summary
+from pipelines.registry.outcome import champion_figures, identity, outcome, summary
 from pipelines.registry.package import Package, read_detector, read_lineage
 from pipelines.registry.publish import publish_version
 from pipelines.registry.results import RegisterError, read_evaluation, read_json, training_run
@@ -106,6 +106,7 @@ def register(config: Config, root: Path) -> dict[str, Any]:
         version, decision = publish_version(
             client, registry, package, run_id, weights, Rules.of(config), root=root, staging=folder
         )
+    write_json(project_root() / CHAMPION_FIGURES, champion_figures(registry))
     return outcome(client, identity(config, weights, evaluation), run_id, version, decision, registry)
 
 

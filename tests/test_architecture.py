@@ -38,7 +38,7 @@ MAY_USE = {
 ROOMS_OF_PIPELINES = {"training", "tracking", "registry", "retraining"}
 LARGEST_ROOM = 0.2
 LONGEST_MODULE, LONGEST_STAGE, LONGEST_FUNCTION = 400, 150, 60
-STAGES = {"render", "download", "shard", "locate", "train", "evaluate", "register"}
+STAGES = {"render", "download", "shard", "locate", "train", "robustness", "evaluate", "register"}
 SAME_IN_SEVERAL = {"main", "add_parser"}
 """What a module has by its kind, under one name in all."""
 
@@ -208,7 +208,7 @@ def code_of(root: Path, stage: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("stage", ["render", "shard", "evaluate"])
+@pytest.mark.parametrize("stage", ["render", "shard", "robustness", "evaluate"])
 def test_the_code_a_stage_depends_on_is_what_it_imports(root: Path, stage: str) -> None:
     about = STAGES_OF_DVC[stage].get("do", STAGES_OF_DVC[stage])
     paths = {dep for dep in about["deps"] if dep.startswith("cigpose/")}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cigpose.cli.arguments import model_file
-from cigpose.config import load_params, load_preset
+from cigpose.config import Config, load_params, load_preset
+
+if TYPE_CHECKING:  # torch: only where it is needed
+    from torch import nn
+
+    from cigpose.evaluate.coco import ScoredPersons
+    from cigpose.evaluate.ground_truth import GroundTruth
+    from cigpose.evaluate.predictions import Predictions
 
 
 def add_parser(subparsers: Any) -> None:
@@ -16,12 +24,18 @@ def add_parser(subparsers: Any) -> None:
     evaluate = subparsers.add_parser(
         "evaluate",
         help="figures of a model on a dataset of params.yaml",
-        description="Measure a model on a sharded dataset of params.yaml, by its protocol, and print the figures per "
-        "part. Nothing but --out is written; the stage `dvc repro evaluate` writes the whole report.",
+        description="Measure a model, or the COCO result file of another tool, on a sharded dataset of params.yaml, by "
+        "its protocol, and print the figures per part. Nothing but --out is written; the stage `dvc repro evaluate` "
+        "writes the whole report.",
     )
     evaluate.add_argument(
-        "--model", type=model_file, default=Path("data/model/model.safetensors"), help="default: %(default)s"
+        "--model",
+        type=model_file,
+        default=Path("data/model/model.safetensors"),
+        help="a .safetensors of ours or a folder with one, an official .pth, an .onnx that `cigpose export` wrote, or "
+        "the .json of COCO results of any tool (default: %(default)s)",
     )
+    evaluate.add_argument("--against", type=model_file, help="compare with this one, person by person; the same kinds")
     evaluate.add_argument("--preset", help="what an official .pth was trained as, see `cigpose presets`")
     evaluate.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
     evaluate.add_argument("--dataset", help="of params.yaml (default: data.val)")
@@ -33,53 +47,141 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, help="folder for results.json, metrics.json and calibration.json (see `cigpose.Predictor`)"
     )
     evaluate.add_argument(
-        "--corruptions", action="store_true", help="also measure blurred, dark, noisy, compressed and occluded crops"
+        "--corruptions",
+        action="store_true",
+        help="also measure what is retained on changed pictures, as `robustness` in params.yaml says",
     )
     evaluate.set_defaults(run=_evaluate)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Measured:
+    metrics: dict[str, float]
+    scored: ScoredPersons
+    truth: GroundTruth
+    config: Config
+    model: nn.Module | None
+    predictions: Predictions | None
+    """Of the model; a file of results has none with raw scores."""
+    how: dict[str, object]
+    """What the figures hold for."""
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from cigpose.evaluate import report
-    from cigpose.evaluate.calibration import fit_calibration
-    from cigpose.evaluate.checkpoint import evaluate_checkpoint
-    from cigpose.evaluate.robustness import evaluate_corruptions
-    from cigpose.files.digest import sha256_of
+    from cigpose.evaluate.paired import compare_models
+    from cigpose.evaluate.robustness import measure_robustness
+    from cigpose.files.atomic import write_json
+    from cigpose.model.device import choose_device
 
     config = load_params(options.params)
-    if options.preset:  # an official .pth does not say what it is
-        preset = load_preset(options.preset)
-        config = dataclasses.replace(preset, data=config.data, evaluate=config.evaluate)
     changes = {"boxes": options.boxes, "flip_test": options.flip_test}
     changes = {name: value for name, value in changes.items() if value is not None}
-    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **changes))
-    evaluation = evaluate_checkpoint(
-        options.model,
-        config,
-        shards_root=options.shards,
-        dataset=options.dataset,
-        device=options.device,
-        results_path=options.out / "results.json" if options.out else None,
-    )
-    assert evaluation is not None  # one process: this is rank 0
-    print(report.parts_table(evaluation.metrics), end="")
+    data = dataclasses.replace(config.data, val=options.dataset) if options.dataset else config.data
+    config = dataclasses.replace(config, data=data, evaluate=dataclasses.replace(config.evaluate, **changes))
+    if options.corruptions and options.model.suffix == ".json":
+        raise ValueError(f"{options.model}: a file of results cannot be asked about changed pictures. Give a model.")
+    found = _measure(options.model, config, options, options.out)
+    print(f"{options.model}: {', '.join(str(value) for value in found.how.values())}")
+    print(report.parts_table(found.metrics), end="")
+    metric = config.evaluate.metric
+    print(f"{metric} with {found.how['boxes']}: {found.metrics[metric]:.4f}")
     if options.out:
-        report.write_metrics_json(evaluation.metrics, options.out / "metrics.json")
-        calibration = fit_calibration(
-            evaluation.predictions,
-            evaluation.truth,
-            evaluation.config.keypoint_set,
-            models=[sha256_of(options.model)],
-            about={"dataset": options.dataset or config.data.val, "flip test": evaluation.config.evaluate.flip_test},
-        )
-        if calibration is not None:
-            calibration.write(options.out)
+        write_json(options.out / "metrics.json", {**report.nested(found.metrics), "protocol": found.how})
+        _calibrate(found, options)
+    if options.against:
+        other = _measure(options.against, config, options)
+        names = (str(options.against), str(options.model))
+        keypoints = found.config.keypoint_set
+        print("\n" + compare_models(other.scored, found.scored, found.truth, keypoints).to_markdown(names), end="")
     if options.corruptions:
-        table = evaluate_corruptions(
-            options.model,
-            config,
-            evaluation,
-            shards_root=options.shards,
-            dataset=options.dataset,
-            device=options.device,
+        assert found.model is not None
+        device = choose_device(options.device)
+        kept = measure_robustness(found.model.to(device), found.config, shards_root=options.shards, device=device)
+        print("\n" + kept.to_markdown(), end="")
+
+
+def _measure(path: Path, config: Config, options: argparse.Namespace, out: Path | None = None) -> _Measured:
+    """The figures of a model or of a file of results on `config.data.val`."""
+    from cigpose.evaluate.checkpoint import evaluate_model, merge_config
+    from cigpose.evaluate.coco import measure_persons, score_persons, write_coco_results
+    from cigpose.evaluate.labels import dataset_truth, open_shards
+    from cigpose.evaluate.results import read_coco_results
+
+    results = out / "results.json" if out else None
+    how: dict[str, object] = {"dataset": config.data.val}
+    if path.suffix == ".json":
+        truth = dataset_truth(open_shards(config, config.data.val, options.shards), config)
+        scored = read_coco_results(path, truth, config.keypoint_set)
+        metrics = measure_persons(scored, truth, config.keypoint_set)
+        how |= {"people": f"{len(scored.people)} predicted", "boxes": "boxes of another tool"}
+        if results:
+            write_coco_results(results, scored, config.keypoint_set, truth.category_id)
+        return _Measured(
+            metrics=metrics, scored=scored, truth=truth, config=config, model=None, predictions=None, how=how
         )
-        print("\n" + table.to_markdown(), end="")
+    model, own = _load(path, config, options.preset)
+    own = merge_config(own, config, where=str(path))
+    evaluation = evaluate_model(model, own, shards_root=options.shards, device=options.device, results_path=results)
+    assert evaluation is not None  # one process: this is rank 0
+    scored = score_persons(evaluation.predictions, evaluation.truth, own.keypoint_set, own.evaluate)
+    how |= {
+        "people": f"{len(evaluation.predictions)} predicted",
+        "boxes": "ground-truth boxes" if own.evaluate.boxes == "ground_truth" else "detected boxes",
+        "flip test": "flip test" if own.evaluate.flip_test else "no flip test",
+    }
+    return _Measured(
+        metrics=evaluation.metrics,
+        scored=scored,
+        truth=evaluation.truth,
+        config=own,
+        model=model,
+        predictions=evaluation.predictions,
+        how=how,
+    )
+
+
+def _calibrate(found: _Measured, options: argparse.Namespace) -> None:
+    """Leave what raw scores mean, where enough is labelled."""
+    from cigpose.evaluate.calibration import fit_calibration
+    from cigpose.files.digest import sha256_of
+
+    if found.predictions is None:
+        return
+    calibration = fit_calibration(
+        found.predictions,
+        found.truth,
+        found.config.keypoint_set,
+        models=[sha256_of(_file_of(options.model))],
+        about={"dataset": found.config.data.val, "flip test": found.config.evaluate.flip_test},
+    )
+    if calibration is not None:
+        calibration.write(options.out)
+
+
+def _file_of(path: Path) -> Path:
+    """The weights in a folder; of anything else itself."""
+    if not path.is_dir():
+        return path
+    files = [path / "model.safetensors", *sorted(path.glob("weights-*.safetensors"), reverse=True)]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def _load(path: Path, config: Config, preset: str | None) -> tuple[nn.Module, Config]:
+    """A model and its own configuration."""
+    from cigpose.deploy.onnx import OnnxModel
+    from cigpose.model.weights import load_checkpoint
+
+    path = _file_of(path)
+    if path.suffix == ".onnx":
+        exported = OnnxModel(path)
+        if exported.decoded and config.evaluate.flip_test:
+            raise ValueError(
+                f"{path}: gives keypoints, whose mean with a mirror image means nothing. Add --no-flip-test."
+            )
+        return exported, exported.config
+    if path.suffix == ".safetensors":
+        model = load_checkpoint(path)
+    else:  # an official .pth does not say what it is
+        model = load_checkpoint(path, load_preset(preset) if preset else config)
+    return model, model.config

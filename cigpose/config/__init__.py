@@ -23,6 +23,7 @@ from cigpose.config.outcome import (
     ProtocolConfig,
     PublishedConfig,
     RegistryConfig,
+    RobustnessConfig,
     ServingConfig,
 )
 from cigpose.config.schema import ConfigError
@@ -65,6 +66,7 @@ __all__ = [
     "PublishedConfig",
     "RegistryConfig",
     "RenderConfig",
+    "RobustnessConfig",
     "ScheduleConfig",
     "ServingConfig",
     "ShardingConfig",

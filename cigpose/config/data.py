@@ -142,10 +142,12 @@ class DataConfig:
     """Folder under data/shards -> a set of shards."""
     train: tuple[str, ...] = field(metadata=affects("train"))
     """Datasets trained on; each person once per epoch."""
-    val: str = field(metadata=affects("train", "evaluate", "register"))
+    val: str = field(metadata=affects("train", "robustness", "evaluate", "register"))
     """Dataset evaluated on."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig, metadata=affects("shard"))
-    locations: dict[str, str] = field(default_factory=dict, metadata=ADDRESS | affects("locate", "train", "evaluate"))
+    locations: dict[str, str] = field(
+        default_factory=dict, metadata=ADDRESS | affects("locate", "train", "robustness", "evaluate")
+    )
     """Dataset -> address of its shards (s3://, http://, a folder) in place of data/shards/<dataset>."""
 
     def __post_init__(self) -> None:

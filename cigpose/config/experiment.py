@@ -18,6 +18,7 @@ from cigpose.config.outcome import (
     NotifyConfig,
     PublishedConfig,
     RegistryConfig,
+    RobustnessConfig,
     refuse_unknown_metric,
 )
 from cigpose.config.schema import (
@@ -50,14 +51,15 @@ class Config:
     name: str = field(metadata=affects("train"))
     """`<model>_<data>_<H>x<W>`."""
     seed: int = field(metadata=affects("train"))
-    keypoints: str | dict[str, Any] = field(metadata=affects("shard", "train", "evaluate"))
+    keypoints: str | dict[str, Any] = field(metadata=affects("shard", "train", "robustness", "evaluate"))
     """A known set, or a table of one's own (`KeypointSet.from_mapping`)."""
     data: DataConfig
     model: ModelConfig = field(metadata=affects("train"))
     augmentation: AugmentationConfig = field(metadata=affects("train"))
     train: TrainConfig = field(metadata=affects("train"))
-    evaluate: EvaluateConfig = field(metadata=affects("evaluate", "register"))
+    evaluate: EvaluateConfig = field(metadata=affects("robustness", "evaluate", "register"))
     registry: RegistryConfig = field(metadata=affects("register"))
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig, metadata=affects("robustness"))
     notify: NotifyConfig = field(default_factory=NotifyConfig, metadata=HOW)
     published: PublishedConfig | None = field(default=None, metadata=HOW)
 
@@ -74,6 +76,11 @@ class Config:
         known = {*GUARDED_PARTS, *parts_with_whole(keypoints)}
         if unknown := sorted(self.registry.max_loss.keys() - known):
             raise ConfigError(f"registry.max_loss: {unknown[0]!r} is no part. Known: {', '.join(sorted(known))}.")
+        if (paired := self.robustness.reversed_context) is not None and paired not in {
+            **self.data.datasets,
+            **self.data.locations,
+        }:
+            raise ConfigError(f"robustness.reversed_context: {paired!r} is not among data.datasets and data.locations.")
         self.refuse_unknown_metrics(crowding=True)  # whether the labels tell crowds is known later
         for name in ("train_top_k", "eval_top_k"):
             value = getattr(self.model.causal, name)

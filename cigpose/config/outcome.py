@@ -85,6 +85,41 @@ class EvaluateConfig(ProtocolConfig):
         require_between(self, 1, 100_000, "batch")
 
 
+CROP_SHIFT = "crop_shift"
+CORRUPTION_NAMES = ("occlusion", "clutter", "low_light", "blur", "noise", "jpeg", CROP_SHIFT)
+"""What `robustness.corruptions` may name; see `cigpose.evaluate.corruptions`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RobustnessConfig:
+    """The stage `robustness`: the same people in changed pictures."""
+
+    enabled: bool = False
+    """Measure it; else the stage leaves an empty result. A thousand people are predicted 36 times."""
+    persons: int | None = 1000
+    """About so many, all of a picture or none, the same for every model; null: everybody."""
+    corruptions: tuple[str, ...] = CORRUPTION_NAMES
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Of each corruption, 1 to 5."""
+    samples: int = 200
+    """Of the bootstrap over pictures."""
+    reversed_context: str | None = None
+    """Dataset with the pictures of `data.val` but the spurious context reversed, as rendered people can have it."""
+
+    def __post_init__(self) -> None:
+        require_between(self, 1, 1_000_000_000, "persons")
+        require_between(self, 1, 5, "severities")
+        require_between(self, 10, 100_000, "samples")
+        for name in self.corruptions:
+            require(
+                name in CORRUPTION_NAMES,
+                f"corruptions: {name!r} is not known, expected some of {', '.join(CORRUPTION_NAMES)}.",
+            )
+        for field_name in ("corruptions", "severities"):
+            values = getattr(self, field_name)
+            require(bool(values) and len(set(values)) == len(values), f"{field_name}: name one or more, each once.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingConfig:
     """What one request to a served model may ask for; recorded with each version as it is registered."""

@@ -132,6 +132,24 @@ def curve_chart(
         return _svg(figure)
 
 
+def severity_chart(values: Mapping[str, Sequence[float]], severities: Sequence[int]) -> str:
+    """What is retained of the AP by severity, a line per corruption.
+
+    Args:
+        values: corruption -> share of the clean AP at each severity.
+        severities: from 1.
+    """
+    with _style():
+        figure, axes = _figure("AP retained under corruptions")
+        colors = LinearSegmentedColormap.from_list("steps", (*_STEPS, *_OTHER_COLORS))(np.linspace(0, 1, len(values)))
+        for (name, row), color in zip(values.items(), colors, strict=True):
+            axes.plot(severities, row, color=color, marker="o", markersize=3.5, linewidth=1.4, label=_words(name))
+        axes.set(xlabel="severity", ylabel="share of the clean AP", xticks=severities, ylim=(0, 1.1))
+        axes.grid()
+        figure.legend(loc="outside right upper", handlelength=1.2)
+        return _svg(figure)
+
+
 def score_chart(samples: Mapping[str, np.ndarray], bins: int = 25) -> str:
     """Distributions of keypoint scores over their common range, an outline per part.
 

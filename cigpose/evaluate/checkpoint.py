@@ -77,11 +77,36 @@ def evaluate_checkpoint(
         FileNotFoundError: checkpoint, shards or ground truth are missing.
         ValueError: they do not fit each other, or a person was not predicted exactly once.
     """
-    if world > 1 and gather is None:
-        raise ValueError(f"evaluate_checkpoint: {world} workers need a `gather` to bring their shares together.")
-    device = choose_device(device)
     model = load_checkpoint(checkpoint, None if Path(checkpoint).suffix == ".safetensors" else config)
-    config = merge_config(model.config, config, where=str(checkpoint))
+    return evaluate_model(
+        model,
+        merge_config(model.config, config, where=str(checkpoint)),
+        shards_root=shards_root,
+        dataset=dataset,
+        device=device,
+        rank=rank,
+        world=world,
+        gather=gather,
+        results_path=results_path,
+    )
+
+
+def evaluate_model(
+    model: nn.Module,
+    config: Config,
+    *,
+    shards_root: Path = Path("data/shards"),
+    dataset: str | None = None,
+    device: torch.device | str | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Gather | None = None,
+    results_path: str | Path | None = None,
+) -> Evaluation | None:
+    """As `evaluate_checkpoint`, of a model that gives (simcc_x, simcc_y) and its own config, see `merge_config`."""
+    if world > 1 and gather is None:
+        raise ValueError(f"evaluate_model: {world} workers need a `gather` to bring their shares together.")
+    device = choose_device(device)
     dataset = dataset or config.data.val
     shards = open_shards(config, dataset, shards_root)
     start = time.perf_counter()
@@ -113,7 +138,7 @@ def measure(model: nn.Module, config: Config, *, shards_root: Path = Path("data/
 
 
 def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
-    """The model's configuration with the dataset, the protocol and the registry of another.
+    """The model's configuration with the dataset, the protocol, the robustness and the registry of another.
 
     Raises:
         ValueError: they mean different keypoints.
@@ -129,6 +154,7 @@ def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:
         data=evaluation.data,
         evaluate=evaluation.evaluate,
         registry=evaluation.registry,
+        robustness=evaluation.robustness,
     )
 
 

@@ -75,6 +75,11 @@ def evaluate_predictions(
     scored = score_persons(predictions, truth, keypoint_set, config)
     if results_path is not None:
         write_coco_results(results_path, scored, keypoint_set, truth.category_id)
+    return measure_persons(scored, truth, keypoint_set)
+
+
+def measure_persons(scored: ScoredPersons, truth: GroundTruth, keypoint_set: KeypointSet) -> dict[str, float]:
+    """The figures of persons that have their scores already, see `evaluate_predictions`."""
     metrics: dict[str, float] = {}
     for part, run in run_parts(scored, truth, keypoint_set).items():
         metrics |= {f"{part}/{name}": value for name, value in zip(FIGURES, run.stats, strict=True)}
@@ -112,7 +117,7 @@ def score_persons(
         people=people,
         detections=np.concatenate([keypoints, keypoint_scores[..., None]], axis=2),
         scores=scores,
-        areas=_detection_areas(people, keypoints, keypoint_set),
+        areas=detection_areas(people.bbox_xyxy, keypoints, keypoint_set),
     )
 
 
@@ -211,12 +216,12 @@ def _check(predictions: Predictions, truth: GroundTruth, keypoint_set: KeypointS
         )
 
 
-def _detection_areas(people: Predictions, keypoints: np.ndarray, keypoint_set: KeypointSet) -> np.ndarray:
-    """(N,) square pixels."""
+def detection_areas(bbox_xyxy: np.ndarray, keypoints: np.ndarray, keypoint_set: KeypointSet) -> np.ndarray:
+    """(N,) square pixels of persons, from their boxes (N, 4) and keypoints (N, K, 2), as the protocol takes them."""
     if len(keypoint_set.parts) > 1:
         body = keypoints[:, list(next(iter(keypoint_set.parts.values())))]
         return np.ptp(body, axis=1).prod(axis=1) if len(body) else np.zeros(0)
-    corners = people.bbox_xyxy.astype(np.float64)
+    corners = bbox_xyxy.astype(np.float64)
     return (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
 
 

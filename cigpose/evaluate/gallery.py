@@ -18,6 +18,7 @@ LEAST_LABELS = 5
 """Persons with fewer labelled keypoints are neither a success nor a failure that one could see."""
 
 _ANY_LABEL = 1e-6
+_RING = 7  # pixels
 
 
 def image_tile(
@@ -105,8 +106,12 @@ def person_tile(
     *,
     height: int,
     min_score: float,
+    intervened: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A person cut out: the predicted skeleton beside the labelled one; uint8 (height, W, 3) BGR."""
+    """A person cut out: the predicted skeleton beside the labelled one; uint8 (height, W, 3) BGR.
+
+    Keypoints that are `intervened` on, (K,) bool, have a ring.
+    """
     labels = truth.keypoints[person.labelled]
     x0, y0, x1, y1 = _cutout(image, truth.bbox_xywh[person.labelled], labels[labels[:, 2] > 0, :2])
     small, scale = _resized(image[y0:y1, x0:x1], height)
@@ -116,6 +121,9 @@ def person_tile(
         detection = scored.detections[person.predicted]
         points, scores = (detection[None, :, :2] - offset) * scale, detection[None, :, 2]
         pair = [draw_poses(small, points, scores, keypoint_set, min_score=min_score, sure_score=1.5 * min_score)]
+        for x, y in points[0, intervened] if intervened is not None else ():
+            for color, width in ((255, 255, 255), 4), ((200, 0, 200), 2):
+                cv2.circle(pair[0], (round(x), round(y)), _RING, color, width, cv2.LINE_AA)
     drawn = draw_poses(
         small,
         (labels[None, :, :2] - offset) * scale,

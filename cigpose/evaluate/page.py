@@ -11,16 +11,19 @@ from typing import Any
 import cv2
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import nn
 
 from cigpose.config.outcome import FIGURES
 from cigpose.evaluate import charts
 from cigpose.evaluate.checkpoint import Evaluation, pictures_of, sample_pictures
-from cigpose.evaluate.coco import ScoredPersons, run_part, score_persons
+from cigpose.evaluate.coco import ScoredPersons, run_parts, score_persons
 from cigpose.evaluate.diagnosis import KINDS, Diagnosis, diagnose, side_confusion
 from cigpose.evaluate.gallery import choose_persons, image_tile, person_tile
 from cigpose.evaluate.groups import Group, measure_groups
+from cigpose.evaluate.interventions import intervened_keypoints
 from cigpose.evaluate.matches import Matches, resampled_images
 from cigpose.evaluate.report import nested, pck
+from cigpose.evaluate.robustness import Robustness
 from cigpose.files import atomic
 from cigpose.keypoints import KeypointSet, parts_with_whole
 from cigpose.loader.shards import ShardSet
@@ -48,6 +51,9 @@ def write_page(
     facts: Mapping[str, object],
     loss: Path | None = None,
     validation: Path | None = None,
+    model: nn.Module | None = None,
+    robustness: Robustness | None = None,
+    champion: Mapping[str, Any] | None = None,
 ) -> Path:
     """Measure what the page shows beyond the figures, draw it, and write it whole.
 
@@ -58,6 +64,10 @@ def write_page(
         facts: the protocol, and where data and model come from, by name.
         loss: loss.csv of the training, if there is one.
         validation: validation.csv of the training.
+        model: which was measured, so that what its CIM replaced can be marked on the drawn people.
+        robustness: what it retains on changed pictures.
+        champion: another model's `name`, `metrics` (part -> figure -> value) and, if known, `intervals` (part -> low,
+            high) of its AP.
 
     Raises:
         ValueError: a picture or a table cannot be read.
@@ -65,10 +75,7 @@ def write_page(
     config, truth = evaluation.config, evaluation.truth
     keypoints = config.keypoint_set
     scored = score_persons(evaluation.predictions, truth, keypoints, config.evaluate)
-    parts = {
-        part: run_part(scored, truth, keypoints, members).matches
-        for part, members in parts_with_whole(keypoints).items()
-    }
+    parts = {part: run.matches for part, run in run_parts(scored, truth, keypoints).items()}
     headline = config.evaluate.metric.partition("/")[0]
     main = parts.get(headline) or parts[list(parts)[-1]]
     diagnosis = diagnose(scored, truth, keypoints)
@@ -79,6 +86,7 @@ def write_page(
         tiles=_tiles(evaluation, intervals),
         parts=_part_rows(evaluation, intervals),
         published=config.published,
+        champion=_beside(champion, evaluation, intervals),
         samples=SAMPLES,
         figures=_figure_table(evaluation.metrics),
         pck=pck(evaluation.predictions, truth, keypoints) if config.evaluate.boxes == "ground_truth" else {},
@@ -91,7 +99,9 @@ def write_page(
         kinds=KINDS,
         **_mistakes(diagnosis, keypoints),
         confusions=side_confusion(diagnosis, truth, keypoints),
-        people=_people(diagnosis, scored, evaluation, shards),
+        **_robustness(robustness, headline),
+        people=_people(diagnosis, scored, evaluation, shards, model),
+        marks=model is not None and evaluation.config.model.head.kind == "cigpose",
         pictures=_pictures(evaluation, shards, config.registry.pictures),
         facts=facts,
     )
@@ -155,7 +165,12 @@ def _tiles(evaluation: Evaluation, intervals: Mapping[str, tuple[float, float, f
         {
             "name": "parameters",
             "value": f"{size.parameters / 1e6:.1f} M",
-            "note": f"{size.multiply_adds / 1e9:.2f} billion multiply-adds a pass",
+            "note": f"{4 * size.parameters / 1e6:.1f} MB; {size.multiply_adds / 1e9:.2f} billion multiply-adds a pass",
+        },
+        {
+            "name": "speed",
+            "value": f"{people / max(evaluation.seconds, 1e-9):.3g} / s",
+            "note": f"people{' and their mirror images' if config.evaluate.flip_test else ''}, reading included",
         },
         {"name": "input", "value": f"{width} x {height}", "note": f"pixels; {len(config.keypoint_set)} keypoints"},
     ]
@@ -170,6 +185,49 @@ def _part_rows(evaluation: Evaluation, intervals: Mapping[str, tuple[float, floa
         is_published = config.published is not None and config.evaluate.metric == f"{part}/AP"
         rows.append({**row, "published": config.published.ap / 100 if config.published and is_published else None})
     return rows
+
+
+def _beside(
+    champion: Mapping[str, Any] | None,
+    evaluation: Evaluation,
+    intervals: Mapping[str, tuple[float, float, float]],
+) -> dict[str, Any] | None:
+    """This model's AP of every part beside another's, and beside the published one where there is one."""
+    if not champion:
+        return None
+    published = {row["name"]: row["published"] for row in _part_rows(evaluation, intervals)}
+    rows = [
+        {
+            "name": part,
+            "ours": evaluation.metrics.get(f"{part}/AP"),
+            "interval": intervals.get(part, (None, None, None))[1:],
+            "theirs": figures.get("AP"),
+            "their_interval": champion.get("intervals", {}).get(part, (None, None)),
+            "published": published.get(part),
+        }
+        for part, figures in champion["metrics"].items()
+        if f"{part}/AP" in evaluation.metrics
+    ]
+    return {"name": champion["name"], "rows": rows}
+
+
+def _robustness(robustness: Robustness | None, headline: str) -> dict[str, Any]:
+    """The table and chart of what is retained; nothing where it was not measured."""
+    if robustness is None:
+        return {"robustness": None, "severity_chart": None}
+    table: dict[str, dict[str, Any]] = {}
+    for row in robustness.retained:
+        table.setdefault(row.part, {})[row.corruption] = row
+    part = headline if headline in table else next(reversed(table))
+    clean = next(iter(table[part].values())).clean
+    shares = {
+        name: [ap / clean if clean > 0 else 0.0 for ap in parts[part]] for name, parts in robustness.by_severity.items()
+    }
+    text = charts.severity_chart(shares, robustness.severities)
+    return {
+        "robustness": {"table": table, "names": list(next(iter(table.values()))), "about": robustness},
+        "severity_chart": _chart(f"AP of {part} retained by severity of each corruption", text),
+    }
 
 
 def _figure_table(metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -265,9 +323,9 @@ def _mistakes(diagnosis: Diagnosis, keypoints: KeypointSet) -> dict[str, Any]:
 
 
 def _people(
-    diagnosis: Diagnosis, scored: ScoredPersons, evaluation: Evaluation, shards: ShardSet
+    diagnosis: Diagnosis, scored: ScoredPersons, evaluation: Evaluation, shards: ShardSet, model: nn.Module | None
 ) -> dict[str, list[dict[str, str]]]:
-    """The best, median and worst people, drawn."""
+    """The best, median and worst people, drawn; with rings on what was intervened on."""
     truth, keypoints = evaluation.truth, evaluation.config.keypoint_set
     chosen = choose_persons(diagnosis, truth, PERSONS_OF_A_KIND)
     wanted = {int(truth.image_id[person.labelled]) for people in chosen.values() for person in people}
@@ -279,8 +337,15 @@ def _people(
             image_id = int(truth.image_id[person.labelled])
             if image_id not in images:  # left out of the shards when they were written
                 continue
+            image, row, marked = images[image_id], person.predicted, None
+            if model is not None and row is not None:
+                found, size = scored.people, evaluation.config.model.input_size
+                marked = intervened_keypoints(model, image, found.center[row], found.scale[row], size)
             tile = person_tile(
-                images[image_id], person, scored, truth, keypoints, height=_TILE_HEIGHT, min_score=_MIN_SCORE
+                *(image, person, scored, truth, keypoints),
+                height=_TILE_HEIGHT,
+                min_score=_MIN_SCORE,
+                intervened=marked,
             )
             says = f"OKS {person.oks:.3f}" if person.predicted is not None else "not found"
             name = f"{says}: person {truth.annotation_id[person.labelled]} of picture {image_id}"

@@ -1,162 +1,296 @@
-"""How much a model loses when the picture changes and the person does not.
+"""How much of its precision a model keeps when the picture changes and the person does not.
 
-Two measurements, each per part:
-- corruptions: the same crops blurred, compressed, darkened, made noisy or partly covered. What happens to a crop is a
-  function of the corruption's name and the person's key alone, so that two models see the same;
-- a pair of datasets of the same scenes (say, with and without a spurious context): the difference with a bootstrap
-  interval over scenes.
-
-Corruptions are made to crops after cropping: what a better or worse detector does is not measured here.
+The same people in the same boxes are predicted from their pictures and from changed ones (`corruptions`). What is kept
+is the AP over the changed pictures, mean over corruptions and severities, as a share of that over the unchanged ones;
+its interval resamples pictures, and all versions of a picture together.
 """
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from cigpose.config import Config
-from cigpose.evaluate.checkpoint import Evaluation
-from cigpose.evaluate.coco import evaluate_predictions
+from cigpose.config.outcome import CROP_SHIFT
+from cigpose.evaluate.coco import run_parts, score_persons
+from cigpose.evaluate.corruptions import SHIFT_SHARES, corrupted
+from cigpose.evaluate.ground_truth import GroundTruth
+from cigpose.evaluate.labels import dataset_truth, open_shards
+from cigpose.evaluate.matches import Matches, resampled_images
+from cigpose.evaluate.paired import PairedDifference, compare_paired, paired_table
 from cigpose.evaluate.predict import predict
+from cigpose.evaluate.predictions import Predictions
+from cigpose.files.atomic import written_file
 from cigpose.loader.batches import eval_loader
-from cigpose.model.device import choose_device
-from cigpose.model.weights import load_checkpoint
+from cigpose.loader.shards import ShardSet
+from cigpose.progress import progress
 
-Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""(H, W, 3) uint8 RGB crop and its own generator -> the same shape."""
+ALL = "all"
+"""What stands for the mean over all corruptions."""
 
-
-def blur(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian blur, sigma 1/64 of the crop's width: 3 pixels at 192."""
-    return cv2.GaussianBlur(crop, (0, 0), crop.shape[1] / 64)
-
-
-def jpeg(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """JPEG of quality 8."""
-    encoded = cv2.imencode(".jpg", crop[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 8])[1]
-    decoded = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
-    assert decoded is not None
-    return decoded[..., ::-1]
-
-
-def low_light(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A quarter of the light, with the shot noise of so few photons and 8-bit steps."""
-    dark = crop.astype(np.float32) * 0.25
-    return np.clip(
-        np.rint(dark + rng.standard_normal(crop.shape, dtype=np.float32) * np.sqrt(dark + 1)), 0, 255
-    ).astype(np.uint8)
-
-
-def noise(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of 30 grey levels."""
-    noisy = crop.astype(np.float32) + rng.standard_normal(crop.shape, dtype=np.float32) * 30
-    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
-
-
-def occlusion(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A rectangle of noise over 10 percent of the crop, anywhere."""
-    height, width = crop.shape[:2]
-    aspect = rng.uniform(0.6, 1.6)
-    h = min(height, round((0.1 * height * width * aspect) ** 0.5))
-    w = min(width, round((0.1 * height * width / aspect) ** 0.5))
-    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-    covered = crop.copy()
-    covered[top : top + h, left : left + w] = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-    return covered
-
-
-CORRUPTIONS: dict[str, Corruption] = {
-    "blur": blur,
-    "jpeg": jpeg,
-    "low_light": low_light,
-    "noise": noise,
-    "occlusion": occlusion,
-}
-
-
-def corrupted(batches: Iterable[Mapping[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """Evaluation batches with one corruption made to every crop.
-
-    Args:
-        batches: as `eval_loader` gives them.
-        name: one of `CORRUPTIONS`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in CORRUPTIONS:
-        raise ValueError(f"corruption {name!r} is not known, expected one of {', '.join(CORRUPTIONS)}.")
-    for batch in batches:
-        crops = np.asarray(batch["crops"])
-        changed = [
-            CORRUPTIONS[name](crop, np.random.default_rng(zlib.crc32(f"{name}/{key}".encode())))
-            for crop, key in zip(crops, batch["keys"], strict=True)
-        ]
-        yield {**batch, "crops": torch.from_numpy(np.stack(changed))}
+Version = tuple[str, int]
+"""Corruption and severity; of the unchanged pictures `("", 0)`."""
+_CLEAN: Version = ("", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorruptionTable:
-    """Figures of the clean crops and under each corruption."""
+class Retained:
+    """What is left of the AP of one part under a corruption, mean over its severities."""
 
-    clean: Mapping[str, float]
-    """`<part>/<figure>` -> value."""
-    corrupted: Mapping[str, Mapping[str, float]]
-    """Corruption -> the same."""
+    corruption: str
+    """Its name, or `ALL`."""
+    part: str
+    clean: float
+    """AP on the unchanged pictures of the same people."""
+    ap: float
+    share: float
+    """`ap` of `clean`."""
+    low: float
+    """2.5 percent quantile of the share over resampled pictures."""
+    high: float
+    """97.5 percent quantile."""
 
-    def drop(self, name: str, part: str) -> float:
-        """AP lost; nan where there was nothing to measure."""
-        before, after = self.clean[f"{part}/AP"], self.corrupted[name][f"{part}/AP"]
-        return before - after if before >= 0 and after >= 0 else float("nan")
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness:
+    """Everything that was measured of one model."""
+
+    people: int
+    pictures: int
+    severities: tuple[int, ...]
+    retained: list[Retained]
+    """By part, then by corruption; `ALL` first."""
+    by_severity: dict[str, dict[str, list[float]]]
+    """Corruption -> part -> AP by severity."""
+    reversed_context: list[PairedDifference]
+    """Part by part, on the paired data set; empty without one."""
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Over all corruptions: `clean` and `AP` by part, and `retained`: part -> share, low, high."""
+        rows = {row.part: row for row in self.retained if row.corruption == ALL}
+        return {
+            "clean": {part: row.clean for part, row in rows.items()},
+            "AP": {part: row.ap for part, row in rows.items()},
+            "retained": {part: [row.share, row.low, row.high] for part, row in rows.items()},
+        }
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values; `from_mapping` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str) -> Robustness | None:
+        """What `to_mapping` gave; None of an empty mapping, which stands for nothing measured.
+
+        Raises:
+            ValueError: it is something else; `where` names it.
+        """
+        if not values:
+            return None
+        try:
+            return cls(
+                people=values["people"],
+                pictures=values["pictures"],
+                severities=tuple(values["severities"]),
+                retained=[Retained(**row) for row in values["retained"]],
+                by_severity=values["by_severity"],
+                reversed_context=[PairedDifference(**row) for row in values["reversed_context"]],
+            )
+        except (KeyError, TypeError) as err:
+            raise ValueError(f"{where}: not a measured robustness ({err}). `dvc repro robustness` writes it.") from err
 
     def to_markdown(self) -> str:
-        """A table of AP, a row per part, and of what each corruption costs."""
-        parts = [name.removesuffix("/AP") for name in self.clean if name.endswith("/AP")]
-        lines = ["| part | clean | " + " | ".join(self.corrupted) + " |"]
-        lines.append("| --- |" + " ---: |" * (1 + len(self.corrupted)))
-        for part in parts:
-            clean = self.clean[f"{part}/AP"]
-            drops = [self.drop(name, part) for name in self.corrupted]
-            cells = [f"{-drop:+.3f}" if np.isfinite(drop) else "-" for drop in drops]
-            lines.append(f"| {part} | {f'{clean:.3f}' if clean >= 0 else '-'} | " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+        """A row per part: what is retained under every corruption, in percent, and over all with its interval."""
+        names = list(dict.fromkeys(row.corruption for row in self.retained))
+        parts = list(dict.fromkeys(row.part for row in self.retained))
+        share = {(row.part, row.corruption): f"{100 * row.share:.0f}" for row in self.retained}
+        share |= {
+            (row.part, ALL): f"{100 * row.share:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
+            for row in self.retained
+            if row.corruption == ALL
+        }
+        lines = ["| part | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+        lines += [f"| {part} | " + " | ".join(share[part, name] for name in names) + " |" for part in parts]
+        about = f"Percent of the AP that is retained; {self.people} people in {self.pictures} pictures, 95 % intervals."
+        text = "\n".join(lines) + f"\n\n{about}\n"
+        if self.reversed_context:
+            text += "\n" + paired_table(self.reversed_context, ("as it is", "context reversed"))
+        return text
 
 
-def evaluate_corruptions(
-    checkpoint: str | Path,
-    config: Config,
-    clean: Evaluation,
-    *,
-    names: Sequence[str] = tuple(CORRUPTIONS),
-    shards_root: Path = Path("data/shards"),
-    dataset: str | None = None,
-    device: torch.device | str | None = None,
-) -> CorruptionTable:
-    """Measure a model again under each corruption.
+def write_retained_csv(retained: Iterable[Retained], part: str, path: Path) -> Path:
+    """`corruption,retained,AP`, a row per corruption of one part and one over all, for `dvc plots`."""
+    with written_file(path) as temporary, temporary.open("w", newline="", encoding="ascii") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("corruption", "retained", "AP"))
+        writer.writerows((row.corruption, f"{row.share:.6f}", f"{row.ap:.6f}") for row in retained if row.part == part)
+    return path
+
+
+def measure_robustness(
+    model: nn.Module, config: Config, *, shards_root: Path = Path("data/shards"), device: torch.device | str
+) -> Robustness:
+    """Measure a model on the data set `config.data.val` and on changed versions of it, as `config.robustness` says.
 
     Args:
-        checkpoint: as `evaluate_checkpoint` got it.
-        config: likewise.
-        clean: what `evaluate_checkpoint` gave.
-        names: of `CORRUPTIONS`.
+        model: on `device`; gives (simcc_x, simcc_y).
+        config: its own, with the protocol.
         shards_root: folder of the shard folders.
-        dataset: None: `config.data.val`.
-        device: None: the GPU if there is one.
+        device: where the model is.
+
+    Raises:
+        FileNotFoundError: shards or labels are missing.
+        ValueError: nobody is measured, or the data set of reversed context has other pictures.
     """
-    device = choose_device(device)
-    model = load_checkpoint(checkpoint, None if Path(checkpoint).suffix == ".safetensors" else config).to(device)
-    protocol, keypoint_set = clean.config, clean.config.keypoint_set
-    table = {}
-    for name in names:
-        batches = eval_loader(protocol, dataset or config.data.val, rank=0, world=1, root=shards_root)
-        flip_test = protocol.evaluate.flip_test
-        predictions = predict(model, corrupted(batches, name), keypoint_set, device=device, flip_test=flip_test)
-        table[name] = evaluate_predictions(predictions, clean.truth, keypoint_set, protocol.evaluate)
-    return CorruptionTable(clean=clean.metrics, corrupted=table)
+    options = config.robustness
+    shards = open_shards(config, config.data.val, shards_root)
+    share = _share(shards, config)
+    truth = dataset_truth(shards, config)
+    truth = truth.restrict([image_id for image_id in truth.images if _is_drawn(image_id, share)])
+    found = _predict_versions(model, config, shards_root, device, share)
+    if not len(found[_CLEAN]):
+        raise ValueError(f"{shards.address}: none of its people is drawn. Set a larger robustness.persons.")
+    draws = resampled_images(len(truth.images), options.samples)
+    table = {version: _part_matches(predictions, truth, config) for version, predictions in found.items()}
+    return Robustness(
+        people=len(found[_CLEAN]),
+        pictures=len(truth.images),
+        severities=options.severities,
+        retained=_retained(table, draws),
+        by_severity={
+            name: {
+                part: [table[name, severity][part].average_precision() for severity in options.severities]
+                for part in table[_CLEAN]
+            }
+            for name in options.corruptions
+        },
+        reversed_context=_reversed_context(model, config, shards_root, device, found[_CLEAN], truth, share),
+    )
+
+
+def _share(shards: ShardSet, config: Config) -> float:
+    """Of the pictures that are looked at."""
+    is_detected = config.evaluate.boxes == "detections"
+    people = shards.index.detections if is_detected else shards.index.persons
+    wanted = config.robustness.persons
+    return 1.0 if wanted is None else wanted / max(people, 1)
+
+
+def _is_drawn(image_id: int, share: float) -> bool:
+    """Whether a picture is looked at: the same ones for every model."""
+    return zlib.crc32(f"robustness/{image_id}".encode()) < share * 2**32
+
+
+def _predict_versions(
+    model: nn.Module, config: Config, root: Path, device: torch.device | str, share: float
+) -> dict[Version, Predictions]:
+    """Predictions of every version; pictures are decoded once for all corruptions of crops, and once per shift."""
+    options, keypoints = config.robustness, config.keypoint_set
+    of_crops = [name for name in options.corruptions if name != CROP_SHIFT]
+    rows: dict[Version, list[Predictions]] = {
+        version: [] for version in [_CLEAN, *itertools.product(options.corruptions, options.severities)]
+    }
+
+    def add(version: Version, batch: Mapping[str, Any]) -> None:
+        flip_test = config.evaluate.flip_test
+        rows[version].append(predict(model, [batch], keypoints, device=device, flip_test=flip_test))
+        bar.update(len(batch["keys"]))
+
+    with progress(total=None, desc="robustness", unit="person") as bar:
+        for batch in _drawn(eval_loader(config, config.data.val, rank=0, world=1, root=root), share):
+            add(_CLEAN, batch)
+            for version in itertools.product(of_crops, options.severities):
+                add(version, corrupted(batch, *version))
+        for severity in options.severities if CROP_SHIFT in options.corruptions else ():
+            shift = SHIFT_SHARES[severity - 1]
+            loader = eval_loader(config, config.data.val, rank=0, world=1, root=root, shift=shift)
+            for batch in _drawn(loader, share):
+                add((CROP_SHIFT, severity), batch)
+    empty = Predictions.empty(len(keypoints))
+    return {version: Predictions.concatenate([empty, *parts]) for version, parts in rows.items()}
+
+
+def _drawn(batches: Any, share: float) -> Iterator[dict[str, Any]]:
+    """The batches without the people who are not drawn."""
+    for batch in batches:
+        rows = [i for i, image_id in enumerate(batch["image_id"].tolist()) if _is_drawn(image_id, share)]
+        if len(rows) == len(batch["keys"]):
+            yield batch
+        elif rows:
+            some = {name: value[rows] for name, value in batch.items() if name != "keys"}
+            yield {**some, "keys": [batch["keys"][i] for i in rows]}
+
+
+def _part_matches(predictions: Predictions, truth: GroundTruth, config: Config) -> dict[str, Matches]:
+    scored = score_persons(predictions, truth, config.keypoint_set, config.evaluate)
+    runs = run_parts(scored, truth, config.keypoint_set)
+    return {part: run.matches for part, run in runs.items() if run.matches.num_truths.any()}
+
+
+def _retained(table: Mapping[Version, Mapping[str, Matches]], draws: np.ndarray) -> list[Retained]:
+    """Every part under every corruption; the same draws for all versions."""
+    found = []
+    for part in table[_CLEAN]:
+        once = {version: parts[part].average_precision() for version, parts in table.items()}
+        drawn = {
+            version: np.array([parts[part].average_precision(times) for times in draws])
+            for version, parts in table.items()
+        }
+        names = list(dict.fromkeys(name for name, _ in table if name))
+        for name in (ALL, *names):
+            versions = [version for version in table if version != _CLEAN and name in (ALL, version[0])]
+            ap = float(np.mean([once[version] for version in versions]))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shares = np.mean([drawn[version] for version in versions], axis=0) / drawn[_CLEAN]
+            shares = shares[np.isfinite(shares)]
+            low, high = np.quantile(shares, [0.025, 0.975]) if len(shares) else (0.0, 0.0)
+            found.append(
+                Retained(
+                    corruption=name,
+                    part=part,
+                    clean=once[_CLEAN],
+                    ap=ap,
+                    share=ap / once[_CLEAN] if once[_CLEAN] else 0.0,
+                    low=float(low),
+                    high=float(high),
+                )
+            )
+    return found
+
+
+def _reversed_context(
+    model: nn.Module,
+    config: Config,
+    root: Path,
+    device: torch.device | str,
+    clean: Predictions,
+    truth: GroundTruth,
+    share: float,
+) -> list[PairedDifference]:
+    """The same scenes with the spurious context reversed, where there is a data set of them."""
+    name = config.robustness.reversed_context
+    if name is None:
+        return []
+    shards = open_shards(config, name, root)
+    loader = list(_drawn(eval_loader(config, name, rank=0, world=1, root=root), share))
+    flip_test = config.evaluate.flip_test
+    predictions = predict(model, loader, config.keypoint_set, device=device, flip_test=flip_test)
+    other = dataset_truth(shards, config)
+    other = other.restrict([image_id for image_id in other.images if _is_drawn(image_id, share)])
+    return compare_paired(
+        (clean, truth),
+        (predictions, other),
+        config.keypoint_set,
+        config.evaluate,
+        samples=config.robustness.samples,
+    )

@@ -90,7 +90,9 @@ def _train_epoch(
     return Epoch(sets, plan, CropMaker(config, epoch=epoch), start_batch)
 
 
-def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Path = Path("data/shards")) -> Loader:
+def eval_loader(
+    config: Config, dataset: str, *, rank: int, world: int, root: Path = Path("data/shards"), shift: float = 0.0
+) -> Loader:
     """Evaluation batches of one rank: its share of the persons (or detections), streams in turn.
 
     Over all ranks every one comes exactly once; shares differ by one at most and may be empty, so the loop over batches
@@ -102,6 +104,7 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
         rank: this worker.
         world: number of workers.
         root: as for `train_loader`.
+        shift: cut the crops out so far from where they belong, as a share of the box, each person in its own direction.
 
     Returns: batches as those of `train_loader`, without augmentation, and with `center`, `scale` (B, 2) float32 of the
         crop in image pixels after padding and aspect fix, `number` (B,) int64 of the person in the order of the shards,
@@ -130,7 +133,7 @@ def eval_loader(config: Config, dataset: str, *, rank: int, world: int, root: Pa
     # The model's own number was chosen for the machine that trained it.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = dataclasses.replace(config.train.loader, processes=min(config.train.loader.processes, cores))
-    return Loader(Epoch(sets, plan, CropMaker(config, epoch=None, boxes=boxes), what=what), options)
+    return Loader(Epoch(sets, plan, CropMaker(config, epoch=None, boxes=boxes, shift=shift), what=what), options)
 
 
 def _open(config: Config, datasets: Iterable[str], root: Path) -> dict[str, ShardSet]:

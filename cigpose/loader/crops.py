@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,13 +87,14 @@ class CropMaker:
     Whatever is random depends on (seed, epoch, dataset, image, person) alone.
     """
 
-    def __init__(self, config: Config, *, epoch: int | None, boxes: str = "ground_truth") -> None:
+    def __init__(self, config: Config, *, epoch: int | None, boxes: str = "ground_truth", shift: float = 0.0) -> None:
         """A maker of crops.
 
         Args:
             config: the experiment.
             epoch: of the training crops; None makes evaluation crops.
             boxes: `ground_truth` or `detections`.
+            shift: of evaluation crops, see `cigpose.loader.batches.eval_loader`.
         """
         self.input_size = config.model.input_size
         self.keypoint_set = config.keypoint_set
@@ -100,6 +103,7 @@ class CropMaker:
         self.seed = config.seed
         self.epoch = epoch
         self.boxes = boxes
+        self.shift = shift
         self._pixels: PixelAugmentation | None = None
         self.stage: AugmentationStage | None = None
         if epoch is not None:
@@ -161,6 +165,9 @@ class CropMaker:
         record = read_record(picture.sample)
         detected = self.boxes == "detections"
         persons = [self._person(record, i) for i in picture.persons]
+        if self.shift:
+            where = f"{picture.dataset}/{picture.key}"
+            persons = [self._shifted(one, f"{where}#{i}") for one, i in zip(persons, picture.persons, strict=True)]
         matrices = self._crop(picture, record, persons, out)
         for i, (person, place, number) in enumerate(zip(persons, picture.persons, picture.numbers, strict=True)):
             entry = record["detections" if detected else "persons"][place]
@@ -192,6 +199,12 @@ class CropMaker:
             scale=scale,
             image_size=(record["width"], record["height"]),
         )
+
+    def _shifted(self, person: PersonBox, key: str) -> PersonBox:
+        """The box beside where it belongs, in a direction that is the person's own."""
+        angle = 2 * np.pi * zlib.crc32(key.encode()) / 2**32
+        offset = self.shift / self.padding * person.scale * [np.cos(angle), np.sin(angle)]
+        return dataclasses.replace(person, center=(person.center + offset).astype(person.center.dtype))
 
     def _crop(
         self, picture: WantedPicture, record: dict[str, Any], persons: list[PersonBox], out: np.ndarray

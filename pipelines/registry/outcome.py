@@ -48,6 +48,16 @@ def outcome(
     }
 
 
+def champion_figures(registry: Registry) -> dict[str, Any]:
+    """What the report of the next evaluation shows beside its own figures; empty without a champion."""
+    champion = registry.by_alias(CHAMPION)
+    if champion is None:
+        return {}
+    measured = Measurement.from_tags(champion.tags).to_json()
+    name = f"{registry.model} {champion.version}"
+    return {"name": name, "metrics": measured["metrics"], "intervals": measured["intervals"]}
+
+
 def link(registered: Mapping[str, Any], config: Config) -> str | None:
     """The page of the training's run, as it is reached from here; None before a registration."""
     if not registered.get("run_id"):

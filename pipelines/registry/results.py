@@ -18,7 +18,7 @@ from mlflow.entities import Metric
 
 from cigpose.config import Config
 from pipelines.lineage import project_root
-from pipelines.paths import MODEL, REPORT, ROBUSTNESS, RUNS
+from pipelines.paths import MODEL, REPORT, RUNS
 from pipelines.registry.measurement import MATCHES, MEASUREMENT, Estimate, Measurement, with_robustness
 from pipelines.tracking.run import RECORD
 from pipelines.tracking.sync import resolve_run_id
@@ -59,9 +59,9 @@ def read_robustness(root: Path) -> dict[str, Estimate]:
 
     The stage `robustness` leaves `{"retained": {part: [share, low, high]}}`.
     """
-    if not (root / ROBUSTNESS).is_file():
+    if not (root / REPORT / "robustness.json").is_file():
         return {}
-    retained = read_json(root / ROBUSTNESS).get("retained", {})
+    retained = read_json(root / REPORT / "robustness.json").get("retained", {})
     return {part: (share, low, high) for part, (share, low, high) in retained.items()}
 
 

@@ -43,6 +43,7 @@ POLICIES = {
     "train": Policy(
         timeout_s=14 * 24 * HOUR, retries=1, retry_delay_s=10, retry_after_s=120
     ),  # goes on from its checkpoint
+    "robustness": Policy(timeout_s=24 * HOUR),
     "evaluate": Policy(timeout_s=12 * HOUR),
     "register": Policy(  # finds again what it registered
         timeout_s=HOUR, retries=4, retry_delay_s=30, retry_after_s=30, retry_if="does not answer"

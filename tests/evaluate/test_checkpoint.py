@@ -3,15 +3,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from whole_people import whole_people
 
 from cigpose.cli.main import main
-from cigpose.config import Config, load_preset
+from cigpose.config import Config, EvaluateConfig, RobustnessConfig, load_preset
+from cigpose.config.params_file import write_params
+from cigpose.deploy.export import export_onnx
 from cigpose.evaluate.checkpoint import (
     Evaluation,
     dataset_truth,
@@ -21,7 +27,10 @@ from cigpose.evaluate.checkpoint import (
     refuse_incomplete,
     sample_pictures,
 )
+from cigpose.evaluate.coco import measure_persons, score_persons, write_coco_results
 from cigpose.evaluate.predictions import Predictions
+from cigpose.evaluate.results import read_coco_results
+from cigpose.keypoints import COCO_WHOLEBODY
 from cigpose.model.weights import load_checkpoint
 
 from .conftest import PERSONS_PER_IMAGE, Project, make_config
@@ -140,15 +149,113 @@ def test_sample_pictures_are_spread_over_the_dataset(project: Project, count: in
 def test_the_command_line_prints_the_table_and_writes_what_is_asked(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model", str(project.checkpoint), "--params", str(project.folder / "params.yaml")]
+    changed = RobustnessConfig(corruptions=("noise",), severities=(3,), samples=10)
+    write_params(dataclasses.replace(project.config, robustness=changed), tmp_path / "params.yaml")
+    options = ["--model", str(project.checkpoint), "--params", str(tmp_path / "params.yaml")]
     options += ["--shards", str(project.shards), "--device", "cpu", "--out", str(tmp_path), "--corruptions"]
     assert main(["evaluate", *options]) == 0
     printed = capsys.readouterr().out
-    assert "| body |" in printed and "| part | clean | blur | jpeg | low_light | noise | occlusion |" in printed
+    assert "| body |" in printed and "| part | all | noise |" in printed
+    assert "body/AP with ground-truth boxes: " in printed
     assert set(json.loads((tmp_path / "metrics.json").read_text())["body"]) >= {"AP", "AR"}
     assert isinstance(json.loads((tmp_path / "results.json").read_text()), list)
     assert main(["evaluate", *options, "--dataset", "elsewhere"]) == 2
     assert "elsewhere" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def kinds(project: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model in every form that can be evaluated."""
+    folder = tmp_path_factory.mktemp("kinds")
+    model = load_checkpoint(project.checkpoint)
+    torch.save({"state_dict": model.state_dict()}, folder / "official.pth")
+    export_onnx(model, project.config, folder / "model.onnx")
+    options = ["--params", str(project.folder / "params.yaml"), "--shards", str(project.shards), "--device", "cpu"]
+    assert main(["evaluate", "--model", str(project.checkpoint), *options, "--out", str(folder)]) == 0
+    return {
+        "folder": project.checkpoint.parent,
+        "pth": folder / "official.pth",
+        "onnx": folder / "model.onnx",
+        "results": folder / "results.json",
+    }
+
+
+@pytest.mark.slow  # exports a model, starts a process for each kind
+@pytest.mark.parametrize("kind", ["folder", "pth", "onnx", "results"])
+def test_every_form_of_a_model_has_the_same_figures_in_a_fresh_process(
+    project: Project, kinds: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    expected = json.loads((kinds["results"].parent / "metrics.json").read_text())["body"]
+    command = [
+        sys.executable,
+        "-m",
+        "cigpose.cli.main",
+        "evaluate",
+        "--model",
+        str(kinds[kind]),
+        "--out",
+        str(tmp_path),
+    ]
+    command += ["--params", str(project.folder / "params.yaml"), "--shards", str(project.shards), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["body"] == pytest.approx(expected, abs=1e-3 if kind == "onnx" else 1e-12)
+    boxes = "boxes of another tool" if kind == "results" else "ground-truth boxes"
+    assert found["protocol"]["boxes"] == boxes and f"body/AP with {boxes}: " in done.stdout
+
+
+def test_a_model_compared_with_its_own_results_differs_by_nothing(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--params", str(project.folder / "params.yaml"), "--shards", str(project.shards), "--device", "cpu"]
+    options += ["--model", str(project.checkpoint)]
+    assert main(["evaluate", *options, "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", *options, "--against", str(tmp_path / "results.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "| body |" in printed and "+0.000 | +0.000 to +0.000" in printed and "OKS +0.0000" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.json", '{"images": []}', "expected a list of persons"),
+        ("results.json", "[1", "not valid JSON"),
+        ("results.json", '[{"image_id": 1, "score": 0.5}]', "person 0 has no keypoints, expected 51"),
+        ("results.json", '[{"score": 0.5, "keypoints": [' + ",".join(["1"] * 51) + "]}]", "lacks image_id or score"),
+        (
+            "results.json",
+            '[{"image_id": 99, "score": 0.5, "keypoints": [' + ",".join(["1"] * 51) + "]}]",
+            "names 1 images that the labels lack, the first is 99",
+        ),
+        ("results.json", '[{"image_id": 1, "score": 1, "keypoints": [' + ",".join(["NaN"] * 51) + "]}]", "not finite"),
+        ("model.onnx", "no onnx", "model.onnx: "),
+        ("model.pth", "no pickle at all", "not a torch checkpoint but text"),
+        ("model.safetensors", "", "an empty file"),
+    ],
+)
+def test_files_that_are_nothing_to_evaluate_are_one_sentence(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    options = ["--params", str(project.folder / "params.yaml"), "--shards", str(project.shards), "--device", "cpu"]
+    assert main(["evaluate", "--model", str(tmp_path / name), *options]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and name in said and "Traceback" not in said and len(said.splitlines()) == 1
+
+
+def test_results_of_parts_in_fields_or_in_one_list_have_the_figures_of_the_predictions(tmp_path: Path) -> None:
+    predictions, truth = whole_people(12, 60, 20)
+    scored = score_persons(predictions, truth, COCO_WHOLEBODY, EvaluateConfig())
+    expected = measure_persons(scored, truth, COCO_WHOLEBODY)
+    path = write_coco_results(tmp_path / "results.json", scored, COCO_WHOLEBODY)
+    assert measure_persons(read_coco_results(path, truth, COCO_WHOLEBODY), truth, COCO_WHOLEBODY) == expected
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["keypoints"] = [number for name in COCO_WHOLEBODY.annotation_fields for number in row.pop(name)]
+    path.write_text(json.dumps(rows))
+    assert measure_persons(read_coco_results(path, truth, COCO_WHOLEBODY), truth, COCO_WHOLEBODY) == expected
 
 
 @pytest.mark.slow  # exports the model

@@ -15,9 +15,14 @@ import pytest
 from cigpose.config import PublishedConfig
 from cigpose.evaluate.checkpoint import Evaluation, dataset_truth, open_shards, pictures_of
 from cigpose.evaluate.coco import evaluate_predictions
+from cigpose.evaluate.interventions import intervened_keypoints
 from cigpose.evaluate.page import write_page
+from cigpose.evaluate.paired import PairedDifference
 from cigpose.evaluate.predictions import Predictions
+from cigpose.evaluate.robustness import Retained, Robustness
 from cigpose.keypoints import COCO, KeypointSet
+from cigpose.model.causal import CausalIntervention
+from cigpose.model.weights import load_checkpoint
 
 from .conftest import PERSONS_PER_IMAGE, Project
 
@@ -98,6 +103,33 @@ def written(folder: Path, project: Project, evaluation: Evaluation, **facts: str
         facts={"boxes": "ground truth", **facts},
         loss=folder / "loss.csv",
         validation=folder / "validation.csv",
+        model=load_checkpoint(project.checkpoint),
+        robustness=measured(evaluation),
+        champion={
+            "name": "the champion, version 7",
+            "metrics": {part: {"AP": 0.4321} for part in evaluation.config.keypoint_set.parts},
+            "intervals": {"body": [0.4, 0.46]},
+        },
+    )
+
+
+def measured(evaluation: Evaluation) -> Robustness:
+    """A robustness that nobody measured, of every part."""
+    parts = [*evaluation.config.keypoint_set.parts, "whole"]
+    names = ["occlusion", "clutter", "low_light", "blur", "noise", "jpeg", "crop_shift"]
+    return Robustness(
+        people=10,
+        pictures=6,
+        severities=(1, 2, 3),
+        retained=[
+            Retained(corruption=name, part=part, clean=0.8, ap=0.4, share=0.5, low=0.456, high=0.544)
+            for part in parts
+            for name in ("all", *names)
+        ],
+        by_severity={name: {part: [0.7, 0.4, 0.1] for part in parts} for name in names},
+        reversed_context=[
+            PairedDifference(part=part, first=0.8, second=0.7, low=-0.2, high=0.01, scenes=6) for part in parts
+        ],
     )
 
 
@@ -140,10 +172,17 @@ def test_a_report_is_one_page_that_needs_nothing_beside_it(page: Path) -> None:
         "Worst",
         "left eye / right eye",
         "PCK@0.1",
+        "the champion, version 7",
+        "0.432",
+        "crop shift",
+        "46 \u2013 54",
+        "-0.100",
+        "Rings are on keypoints",
+        "speed",
     ):
         assert text in seen.text
     kinds = Counter(source.partition(";")[0] for source in sources)
-    assert kinds["data:image/svg+xml"] == 8 and kinds["data:image/jpeg"] == 6 + 10  # 6 images have people
+    assert kinds["data:image/svg+xml"] == 9 and kinds["data:image/jpeg"] == 6 + 10  # 6 images have people
 
 
 @pytest.mark.slow
@@ -198,6 +237,23 @@ def test_a_table_of_the_training_that_is_none_is_named(project: Project, tmp_pat
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_the_causal_intervention_replaced_is_what_its_scores_choose(project: Project) -> None:
+    model = load_checkpoint(project.checkpoint)
+    image = next(image for _, image in pictures_of(open_shards(project.config, "people", project.shards), {2}))
+    box = {"center": np.array([60.0, 50.0]), "scale": np.array([60.0, 90.0]), "input_size": (64, 96)}
+    found = intervened_keypoints(model, image, **box)
+    assert found is not None and found.shape == (17,) and found.sum() == project.config.model.causal.eval_top_k
+    chosen: list[int] = []
+    for module in model.modules():
+        if isinstance(module, CausalIntervention):
+            module.__dict__["select"] = lambda score: (chosen.append(int(score.argmax())), score == score.max())[1]
+    assert intervened_keypoints(model, image, **box).tolist() == found.tolist() == [k == chosen[0] for k in range(17)]
+    for module in model.modules():
+        if isinstance(module, CausalIntervention):
+            module.eval_top_k = 0
+    assert intervened_keypoints(model, image, **box) is None
+
+
 def test_pictures_are_found_by_their_ids(project: Project) -> None:
     shards = open_shards(project.config, "people", project.shards)
     found = {image_id: image.shape for image_id, image in pictures_of(shards, {2, 7, 999})}
@@ -227,7 +283,7 @@ def test_at_phone_and_desktop_width_nothing_is_cut_every_picture_loads_and_dark_
     phone, desktop = json.loads(dump.partition("<pre>")[2].partition("</pre>")[0])
     assert (phone["width"], desktop["width"]) == (PHONE, DESKTOP)
     for seen in (phone, desktop):
-        assert seen["images"] == 24 and seen["broken"] == []
+        assert seen["images"] == 25 and seen["broken"] == []
         assert seen["overflow"] == 0 and seen["outside"] == [] and seen["cut"] == []
     brightness = {}
     for scheme, options in {"light": [], "dark": ["--force-dark-mode"]}.items():

@@ -21,6 +21,7 @@ for name in {names}:
 OUTS = {
     "shard": ["shards/people/index.json"],
     "train": ["model/model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg"],
+    "robustness": ["robustness/robustness.json", "metrics/robustness.json", "plots/robustness.csv"],
     "evaluate": ["report/report.html", "metrics/evaluate.json", "plots/parts.csv"],
 }
 
@@ -33,7 +34,7 @@ def stand_in(project: Project, *stages: str) -> None:
 
 def stale(project: Project) -> dict[str, list[str]]:
     """Stages from shards to evaluation that DVC would run again -> what it says has changed."""
-    found = json.loads(project.run("dvc", "status", "--json", "shard", "train", "evaluate").stdout)
+    found = json.loads(project.run("dvc", "status", "--json", "shard", "train", "robustness", "evaluate").stdout)
     return {
         stage: [name for changed in changes for what in changed.values() for name in flat(what)]
         for stage, changes in found.items()
@@ -100,7 +101,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.change(data__render={}, data__datasets={"people": people}, data__train=["people"], data__val="people")
     (project.folder / "data/raw/people").mkdir(parents=True)
     (project.folder / "data/raw/pretrained").mkdir()
-    project.run("dvc", "repro", "--single-item", "shard", "train", "evaluate")
+    project.run("dvc", "repro", "--single-item", "shard", "train", "robustness", "evaluate")
     return project
 
 
@@ -110,6 +111,7 @@ def test_what_changes_an_evaluation_makes_it_stale_and_not_the_training(done: Pr
     done.change(**{f"evaluate__{name}": value for name, value in {**others, "batch": 3}.items()})
     done.change(train__loader__open_shards=2, train__log_every_steps=3)
     assert {stage: sorted(what) for stage, what in stale(done).items()} == {
+        "robustness": sorted(f"evaluate.{name}" for name in others),
         "evaluate": sorted(f"evaluate.{name}" for name in others),
         "train": ["train.loader.open_shards"],  # which orders the pictures
     }
@@ -126,6 +128,10 @@ def test_a_fix_in_the_code_makes_its_stages_stale_and_what_python_keeps_beside_i
     for file in code:
         code[file] = file.read_text()
         file.write_text(code[file] + "# a fix\n")
-    assert stale(done) == {"shard@people": ["cigpose/shard"], "evaluate": ["cigpose/model"]}
+    assert stale(done) == {
+        "shard@people": ["cigpose/shard"],
+        "robustness": ["cigpose/model"],
+        "evaluate": ["cigpose/model"],
+    }
     for file, text in code.items():
         file.write_text(text)
