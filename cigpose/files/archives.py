@@ -97,8 +97,11 @@ def list_zip(path: Path) -> dict[str, Extent]:
             infos = archive.infolist()
     except (zipfile.BadZipFile, OSError, struct.error) as err:
         raise DataError(f"{path}: not a whole zip ({_opening(path)}; {err}). Delete it and download it again.") from err
+    del archive
+    infos.reverse()
     members: dict[str, Extent] = {}
-    for info in infos:
+    while infos:  # each of them is larger than what is kept of it
+        info = infos.pop()
         mode = info.external_attr >> 16
         _refuse_unsafe(path, info.filename, is_link=stat.S_ISLNK(mode))
         if info.is_dir():

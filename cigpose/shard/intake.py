@@ -1,7 +1,7 @@
 """What a reader hands to the shard writer: pictures in order, valid persons spilled to disk, and everything refused.
 
 The reader knows a format; the intake applies the rule of `persons`, counts, and keeps memory small: a person leaves for
-a temporary file as soon as it is read, and only its place there (24 bytes) stays.
+a temporary file as soon as it is read, and only its place there (24 bytes) stays; so does a picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import orjson
 
-from cigpose.files.archives import Extent
 from cigpose.files.errors import DataError, shown
 from cigpose.keypoints import KeypointSet
 from cigpose.shard.persons import (
@@ -28,33 +27,13 @@ from cigpose.shard.persons import (
     person_categories,
     person_record,
 )
+from cigpose.shard.pictures import Picture
+from cigpose.shard.spill import Spill, SpilledPictures
 
 _NO_CATEGORY = -1
+_FEW = 10_000
 EXAMPLES = 5
 """Bad samples quoted in messages and in the index."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """A picture inside a video."""
-
-    clip: Extent
-    index: int
-    """From 0, at 30 frames per second."""
-
-
-@dataclass(slots=True)
-class Picture:
-    """One image of the dataset; its place in `Intake.pictures` is its order."""
-
-    key: str
-    """Name of its members in the shards: unique, without dots."""
-    image_id: int
-    file_name: str
-    width: int
-    height: int
-    source: Extent | Frame | None
-    """None: listed, but nowhere to be found."""
 
 
 @dataclass
@@ -90,12 +69,40 @@ class BadSamples:
         )
 
 
+class SeenIds:
+    """Ids that were there, in 8 bytes each for the most part: a Python set would take ten times as much.
+
+    The newest are in a set; when that holds more than a sixteenth of all it goes into a sorted array.
+    """
+
+    def __init__(self) -> None:
+        self._newest, self._sorted = set[int](), np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._newest) + len(self._sorted)
+
+    def add(self, identity: int) -> bool:
+        """Note an id below 2^63; False if it was there before."""
+        if identity in self._newest:
+            return False
+        if len(self._sorted):
+            place = int(np.searchsorted(self._sorted, identity))
+            if place < len(self._sorted) and self._sorted[place] == identity:
+                return False
+        self._newest.add(identity)
+        if len(self._newest) > max(_FEW, len(self._sorted) // 16):
+            newest = np.fromiter(self._newest, np.int64, len(self._newest))
+            self._sorted = np.sort(np.concatenate([self._sorted, newest]))
+            self._newest.clear()
+        return True
+
+
 class Intake:
     """Collects one dataset. Use as a context manager: it owns two files in `folder`."""
 
     def __init__(self, folder: Path, keypoints: KeypointSet, *, ground_truth: bool) -> None:
         self.keypoints = keypoints
-        self.pictures: list[Picture] = []
+        self.pictures = SpilledPictures(folder / "pictures.bin")
         self.dropped: Counter[str] = Counter()
         self.mended: Counter[str] = Counter()
         self.bad = BadSamples()
@@ -104,8 +111,8 @@ class Intake:
         self.ground_truth_file = folder / "annotations.part" if ground_truth else None
         self.detections: dict[int, list[bytes]] = {}
         """Place of the picture -> its detected boxes."""
-        self.image_fields: dict[int, dict[str, Any]] = {}
-        """Place of the picture -> its whole entry, kept for the ground truth alone."""
+        self.image_fields = Spill(folder / "images.part")
+        """The whole entry of each picture, as JSON, for the ground truth alone."""
         self.categories: list[Any] = []
         """As listed by the file, before or behind the annotations."""
         self._bad_of: dict[int | None, BadSamples] = {}
@@ -135,7 +142,7 @@ class Intake:
         self.pictures.append(picture)
         if self._truth:
             mended = {"id": picture.image_id, "width": picture.width, "height": picture.height}
-            self.image_fields[place] = {**fields, **mended}
+            self.image_fields.append(orjson.dumps({**fields, **mended}))
         return place
 
     def add_annotation(self, annotation: dict[str, Any], place: int, raw: bytes, where: str) -> None:
@@ -147,12 +154,12 @@ class Intake:
             raw: its JSON, as it goes into the ground truth.
             where: how messages name it.
         """
-        picture, category = self.pictures[place], annotation.get("category_id")
+        category = annotation.get("category_id")
         if not is_id(category) and "category_id" in annotation:
             self.bad.add(f"{where}: its category_id is {shown(category)}, expected a whole number from 0")
             return
         try:
-            record = person_record(annotation, self.keypoints, (picture.width, picture.height))
+            record = person_record(annotation, self.keypoints, self.pictures.size(place))
             data = b"" if isinstance(record, Dropped) else _packed(record)
         except DataError as err:
             self._bad_of.setdefault(category, BadSamples()).add(f"{where}: {err}")
@@ -197,11 +204,14 @@ class Intake:
     def persons_by_picture(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the persons lie in `persons_file`, in the order of the annotations within each picture.
 
+        They are handed over, and not kept here.
+
         Returns: (P + 1,) int64, first row of each of the P pictures and the end; (N,) offsets; (N,) lengths.
         """
         pictures, offsets, lengths = (np.frombuffer(column, np.int64) for column in self._places[:3])
         order = np.argsort(pictures, kind="stable")
         first = np.searchsorted(pictures[order], np.arange(len(self.pictures) + 1))
+        self._places = (array("q"), array("q"), array("q"), array("q"))
         return first, offsets[order], lengths[order]
 
     def truths(self, lost: Collection[int]) -> Iterator[tuple[int, int]]:

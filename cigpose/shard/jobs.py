@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from cigpose.files.archives import Extent
@@ -19,7 +19,7 @@ _WORTH_A_PROCESS = 768 << 20
 """Bytes of photographs copied in about the time a process takes to start (webdataset imports torch)."""
 
 
-def run_jobs(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterator[tuple[ShardJob, ShardStats]]:
+def run_jobs(jobs: Sequence[ShardJob], pictures: Pictures, processes: int) -> Iterator[tuple[ShardJob, ShardStats]]:
     """Do the jobs; results in their order.
 
     Args:
@@ -44,13 +44,23 @@ def run_jobs(jobs: list[ShardJob], pictures: Pictures, processes: int) -> Iterat
         ) from err
 
 
-def _num_processes(jobs: list[ShardJob], wanted: int) -> int:
+def _num_processes(jobs: Sequence[ShardJob], wanted: int) -> int:
     cores = wanted or len(os.sched_getaffinity(0))
-    sources = [sample.picture.source for job in jobs for sample in job.samples]
-    photographs = [source.size for source in sources if isinstance(source, Extent)]
-    if not wanted and not jobs[0].verify_images and len(photographs) == len(sources):
-        cores = min(cores, 1 + sum(photographs) // _WORTH_A_PROCESS)
+    if not wanted and not jobs[0].verify_images:
+        cores = _worth(jobs, cores)
     return min(cores, len(jobs))
+
+
+def _worth(jobs: Sequence[ShardJob], cores: int) -> int:
+    """How many of the cores there is enough to copy for; all of them for frames, which are encoded."""
+    copied = 0
+    for sample in (sample for job in jobs for sample in job.samples):
+        if not isinstance(sample.picture.source, Extent):
+            return cores
+        copied += sample.picture.source.size
+        if copied >= (cores - 1) * _WORTH_A_PROCESS:
+            return cores
+    return 1 + copied // _WORTH_A_PROCESS
 
 
 def _do(pictures: Pictures, job: ShardJob) -> ShardStats:

@@ -37,9 +37,13 @@ def write_ground_truth(intake: Intake, path: Path, lost: Collection[int]) -> Non
         file.write(b'\n],\n"categories":')
         file.write(orjson.dumps(intake.categories or [_category(intake.keypoints)]))
         file.write(b',\n"images":[\n')
-        file.write(
-            b",\n".join(orjson.dumps(entry) for entry in intake.image_fields.values() if entry["id"] not in lost)
+        kept = (
+            entry
+            for picture, entry in zip(intake.pictures, intake.image_fields, strict=True)
+            if picture.image_id not in lost
         )
+        for i, entry in enumerate(kept):
+            file.write((b",\n" if i else b"") + entry)
         file.write(b"\n]}\n")
 
 

@@ -20,8 +20,9 @@ import orjson
 from cigpose.files.archives import Extent, ExtentReader
 from cigpose.files.errors import DataError
 from cigpose.files.jpeg import check_jpeg, decode_strictly, is_jpeg
-from cigpose.shard.intake import BadSamples, Picture
+from cigpose.shard.intake import BadSamples
 from cigpose.shard.persons import NO_FRAME
+from cigpose.shard.pictures import Picture
 
 _BUFFER = 1 << 20
 """Bytes gathered for one write: the library hands on 16 KiB at a time."""

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +29,10 @@ from cigpose.shard.formats.coco import read_coco
 from cigpose.shard.formats.crowdpose import read_crowdpose
 from cigpose.shard.formats.ubody import read_frames, read_ubody
 from cigpose.shard.index import FORMAT, INDEX, ShardEntry, ShardIndex
-from cigpose.shard.intake import Frame, Intake
+from cigpose.shard.intake import Intake
 from cigpose.shard.jobs import run_jobs
 from cigpose.shard.labels import write_ground_truth
+from cigpose.shard.pictures import Frame
 from cigpose.shard.tars import Pictures, Sample, ShardJob, ShardStats, read_photographs
 
 GROUND_TRUTH = "annotations.json"
@@ -99,7 +101,7 @@ def _write(
         read(dataset, raw, intake)
         intake.settle_categories()
     total = max(intake.num_annotations, 1)
-    jobs, lost = _plan(config, key, partial, intake)
+    jobs = _Jobs(config, key, partial, intake)
     intake.bad.check(total, sharding.max_bad_share, key)
     if not jobs:
         raise DataError(
@@ -107,9 +109,8 @@ def _write(
         )
     shards: list[ShardStats] = []
     synced: list[Future[None]] = []
-    images = sum(len(job.samples) for job in jobs)
     # One thread waits for the disk while the next shard is made.
-    with ThreadPoolExecutor(1) as disk, progress(total=images, desc=f"shard {key}", unit="image") as bar:
+    with ThreadPoolExecutor(1) as disk, progress(total=jobs.num_samples, desc=f"shard {key}", unit="image") as bar:
         for job, stats in run_jobs(jobs, pictures, sharding.processes):
             shards.append(stats)
             synced.append(disk.submit(sync, job.path))
@@ -118,7 +119,7 @@ def _write(
             intake.bad.check(total, sharding.max_bad_share, key)
             bar.update(len(job.samples))
     if dataset.ground_truth:
-        lost.update(image_id for shard in shards for image_id in shard.lost)
+        lost = jobs.lost.union(*(shard.lost for shard in shards))
         write_ground_truth(intake, partial / GROUND_TRUTH, lost)
     for done in synced:
         done.result()
@@ -159,47 +160,67 @@ def _index(
     )
 
 
-def _plan(config: Config, key: str, partial: Path, intake: Intake) -> tuple[list[ShardJob], set[int]]:
-    """Pictures with a person or a detection, in order, in shards of equal size (within one); ids of missing ones.
+class _Jobs(Sequence[ShardJob]):
+    """The jobs of a dataset, each made when it is asked for: the samples of all at once would be most of the memory.
 
-    For the ground truth frames without persons come along too: only their clip can tell whether they exist.
+    Args:
+        config: the experiment.
+        key: of the dataset.
+        partial: folder of the shards.
+        intake: all of the dataset.
+
+    Attributes:
+        num_samples: pictures in all jobs.
+        lost: ids of pictures that are listed and not there; they are counted as bad by `intake`.
     """
-    sharding = config.data.sharding
-    first, offsets, lengths = intake.persons_by_picture()
-    dataset = config.data.datasets[key]
-    samples: list[Sample] = []
-    peopled: list[int] = []  # those of `samples` that go into a shard
-    missing: set[int] = set()
-    for place, picture in enumerate(intake.pictures):
-        rows = slice(first[place], first[place + 1])
-        persons = tuple(zip(offsets[rows].tolist(), lengths[rows].tolist(), strict=True))
-        boxes = tuple(intake.detections.get(place, ())) if dataset.detections is not None else None
-        if not persons and not boxes and not (dataset.ground_truth and isinstance(picture.source, Frame)):
-            continue
-        if picture.source is None:
-            intake.bad.add(
-                f"image {picture.image_id}: {picture.file_name} is not in {dataset.images}",
-                max(len(persons), 1),
-            )
-            missing.add(picture.image_id)
-            continue
-        if persons or boxes:
-            peopled.append(len(samples))
-        samples.append(Sample(picture=picture, persons=persons, detections=boxes))
-    count = -(-len(peopled) // sharding.images_per_shard)
-    bounds = [0, *(peopled[len(peopled) * i // count] for i in range(1, count)), len(samples)]
-    jobs = [
-        ShardJob(
-            path=partial / f"{key}-{i:05d}.tar",
-            samples=tuple(samples[bounds[i] : bounds[i + 1]]),
-            persons_file=intake.persons_file,
-            jpeg_quality=sharding.jpeg_quality,
-            verify_images=sharding.verify_images,
-            shuffle=sharding.shuffle,
+
+    def __init__(self, config: Config, key: str, partial: Path, intake: Intake) -> None:
+        self._sharding, self._dataset = config.data.sharding, config.data.datasets[key]
+        self._stem, self._intake = partial / key, intake
+        self._first, self._offsets, self._lengths = intake.persons_by_picture()
+        self.lost: set[int] = set()
+        self._places, peopled = array("q"), array("q")
+        for place, picture in enumerate(intake.pictures):
+            num_persons = int(self._first[place + 1] - self._first[place])
+            counts = num_persons or self._boxes(place)
+            if not counts and not (self._dataset.ground_truth and isinstance(picture.source, Frame)):
+                continue  # for the ground truth: only their clip can tell whether frames without persons exist
+            if picture.source is None:
+                problem = f"image {picture.image_id}: {picture.file_name} is not in {self._dataset.images}"
+                intake.bad.add(problem, max(num_persons, 1))
+                self.lost.add(picture.image_id)
+                continue
+            if counts:
+                peopled.append(len(self._places))
+            self._places.append(place)
+        self.num_samples = len(self._places)
+        count = -(-len(peopled) // self._sharding.images_per_shard)
+        # of equal size, within one
+        self._bounds = [0, *(peopled[len(peopled) * i // count] for i in range(1, count)), self.num_samples]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return ShardJob(
+            path=self._stem.with_name(f"{self._stem.name}-{number:05d}.tar"),
+            samples=tuple(map(self._sample, self._places[self._bounds[number] : self._bounds[number + 1]])),
+            persons_file=self._intake.persons_file,
+            jpeg_quality=self._sharding.jpeg_quality,
+            verify_images=self._sharding.verify_images,
+            shuffle=self._sharding.shuffle,
         )
-        for i in range(count)
-    ]
-    return jobs, missing
+
+    def _boxes(self, place: int) -> tuple[bytes, ...] | None:
+        return tuple(self._intake.detections.get(place, ())) if self._dataset.detections is not None else None
+
+    def _sample(self, place: int) -> Sample:
+        rows = slice(self._first[place], self._first[place + 1])
+        persons = tuple(zip(self._offsets[rows].tolist(), self._lengths[rows].tolist(), strict=True))
+        return Sample(picture=self._intake.pictures[place], persons=persons, detections=self._boxes(place))
 
 
 def _source_paths(dataset: DatasetConfig, raw: Path) -> dict[str, Path]:

@@ -27,6 +27,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cigpose.files.addresses import is_remote, without_credentials
@@ -159,7 +160,7 @@ class CheckpointStore:
                 return name, *self.load(name)
             except TemporaryFetchError:
                 raise
-            except (CheckpointError, OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
+            except (CheckpointError, OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as err:
                 message = f"{self.address}/{name} is damaged and passed over: {err}"
                 warnings.warn(without_credentials(message), stacklevel=2)
                 faults.append(f"{name}: {err}")
@@ -201,7 +202,7 @@ class CheckpointStore:
             return all(size_of(self._at(name, file)) == facts["bytes"] for file, facts in files.items())
         except TemporaryFetchError:
             raise  # nothing is known about it, which must not look like a training that has not begun
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _manifest(self, name: str) -> dict[str, Any]:

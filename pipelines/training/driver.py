@@ -6,6 +6,7 @@ are the library's own, so a worker that Ray restarts, and a driver that is start
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import queue
@@ -46,6 +47,8 @@ TUNED = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",  # a minute, of which train.cluster.wait_minutes counts
 }
 """Set where the user has not: a quicker start, no line printed twice."""
+ANSWER_S = 300.0
+"""Longest that a queue may take to answer: a driver that was stopped for a minute (Ctrl-Z) would wait for ever."""
 COLLECTIVE_TIMEOUT_S = 1800
 """Longest that workers wait for one another: rank 0 reads a checkpoint meanwhile."""
 
@@ -147,10 +150,10 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
 
 def _drain(mailbox: Queue) -> Iterator[Event]:
     """What has arrived, after waiting up to half a second for the first."""
-    with contextlib.suppress(Empty, queue.Empty):
-        yield mailbox.get(timeout=0.5)
+    with contextlib.suppress(Empty, queue.Empty, asyncio.QueueEmpty):
+        yield ray.get(mailbox.actor.get.remote(0.5), timeout=ANSWER_S)
         while True:
-            yield mailbox.get_nowait()
+            yield ray.get(mailbox.actor.get_nowait.remote(), timeout=ANSWER_S)
 
 
 def _explain(error: BaseException) -> str:

@@ -8,6 +8,7 @@ a file. Gloo and NCCL meet on loopback.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import secrets
 import threading
@@ -33,7 +34,13 @@ def settle_environment() -> None:
 
 def own_servers() -> list[psutil.Process]:
     """Ray's servers that this process has started: without either of them nothing goes on."""
-    return [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
+    return [child for child in psutil.Process().children() if _name(child) in ("gcs_server", "raylet")]
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+        return process.name()
+    return ""
 
 
 def is_gone(server: psutil.Process) -> bool:

@@ -157,8 +157,8 @@ CELLS: list[Cell] = [
     # Room and rights.
     room("render", "disk full", DiskFull(kib=40), says="(?i)no space|disk"),
     room("shard", "disk full", DiskFull(kib=200), says="(?i)no space|disk", sample=True),
-    room("training", "disk full", DiskFull(kib=9_000), says="disk is full"),
-    room("train", "disk full", DiskFull(kib=9_000), says="disk|No space"),
+    room("training", "disk full", DiskFull(kib=4_000), says="disk is full"),
+    room("train", "disk full", DiskFull(kib=4_000), says="disk|No space"),
     room("register", "disk full", DiskFull(kib=500), says="(?i)no space|disk|full", promise=3),
     room("shard", "no inode left", DiskFull(inodes=3), says="(?i)no space"),
     room("train", "no inode left", DiskFull(inodes=12), says="(?i)no space|disk"),
@@ -206,9 +206,9 @@ CELLS: list[Cell] = [
         for job in ("render", "shard with labels", "training", "train", "register")
     ),
     # Two at once.
-    two("render", "a second rendering", Twice(hold=At(at=REPLACE, seconds=12)), says="running already"),
-    two("shard", "a second sharding", Twice(hold=At(at=REPLACE, seconds=12)), says="running already", sample=True),
-    two("train", "a second training of the run", Twice(hold=At(at=COPY_OUT, seconds=25)), says="running already"),
+    two("render", "a second rendering", Twice(hold=At(at=REPLACE)), says="running already"),
+    two("shard", "a second sharding", Twice(hold=At(at=REPLACE)), says="running already", sample=True),
+    two("train", "a second training of the run", Twice(hold=At(at=COPY_OUT)), says="running already"),
     two("register", "a second registration", Twice(hold=At(at=CREATE, seconds=10)), "either", says="turn"),
     *(two("test", what, Proof(test=test), **more) for what, test, more in TOGETHER),
     *(

@@ -19,7 +19,7 @@ class At:
     nth: int = 1
     when: Literal["before", "after"] = "before"
     seconds: int = 0
-    """With STOP: until it goes on."""
+    """With STOP: until it goes on by itself; 0: it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class NoNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class Twice:
-    """The same command again while the first is held at a line."""
+    """The same command again while the first is held at a line, until the second has ended if `hold.seconds` is 0."""
 
     hold: At
 

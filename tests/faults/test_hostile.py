@@ -176,7 +176,7 @@ def harm(document: Any, data: st.DataObject) -> Any:
         elif what == "repeat" and isinstance(owner, list):
             owner.append(copy.deepcopy(owner[last]))
         else:
-            owner[last] = data.draw(VALUES)
+            owner[last] = copy.deepcopy(data.draw(VALUES))  # what is drawn is the same object each time
     return document
 
 

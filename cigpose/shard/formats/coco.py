@@ -12,8 +12,9 @@ from cigpose.config import DatasetConfig
 from cigpose.files.archives import Extent, MemberLookup, list_members, open_spec, split_spec
 from cigpose.files.errors import DataError, shown
 from cigpose.files.jsonstream import LIST, parse_element, split_arrays
-from cigpose.shard.intake import Intake, Picture
+from cigpose.shard.intake import Intake, SeenIds
 from cigpose.shard.persons import is_id
+from cigpose.shard.pictures import Picture
 
 _LARGEST_SIDE = 65_535
 """Pixels; the most that a JPEG can have."""
@@ -36,10 +37,9 @@ def read_coco(dataset: DatasetConfig, raw: Path, intake: Intake, mend_size: Mend
         FileNotFoundError: a file or archive member is not there.
         DataError: a file cannot be read as a whole; single bad entries are counted by `intake`.
     """
-    lookup = MemberLookup(list_members(raw / dataset.images))
-    places = _read_images(dataset, raw, intake, lookup, mend_size)
+    places = _read_images(dataset, raw, intake, MemberLookup(list_members(raw / dataset.images)), mend_size)
     name = _name(dataset.annotations)
-    seen: set[int] = set()
+    seen = SeenIds()
     for key, element in _elements(raw, dataset.annotations, ("annotations", "categories")):
         if key == "categories":
             intake.categories.append(parse_element(element, f"{name}: category"))
@@ -135,12 +135,11 @@ def _entry_problem(entry: dict[str, Any], places: dict[int, int]) -> str | None:
     return None
 
 
-def _id_problem(annotation: dict[str, Any], seen: set[int], places: dict[int, int]) -> str | None:
+def _id_problem(annotation: dict[str, Any], seen: SeenIds, places: dict[int, int]) -> str | None:
     if not is_id(annotation.get("id")):
         return "its id is not a whole number from 0"
-    if annotation["id"] in seen:
+    if not seen.add(annotation["id"]):
         return "its id is there twice"
-    seen.add(annotation["id"])
     image_id = annotation.get("image_id")
     if not is_id(image_id) or image_id not in places:
         return f"its image id {shown(image_id)} is not in `images`"

@@ -27,8 +27,9 @@ from cigpose.config import DatasetConfig
 from cigpose.files.archives import Extent, ExtentReader, MemberLookup, find_member, list_members, open_spec
 from cigpose.files.errors import DataError, shown
 from cigpose.files.jsonstream import parse_element, split_arrays
-from cigpose.shard.intake import Frame, Intake, Picture
+from cigpose.shard.intake import Intake
 from cigpose.shard.persons import NOT_FIRST, is_id
+from cigpose.shard.pictures import Frame, Picture
 from cigpose.shard.tars import Sample, ShardJob, encode_jpeg
 
 ANNOTATION_FPS = 30

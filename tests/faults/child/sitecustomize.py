@@ -47,7 +47,7 @@ def _break(point: dict[str, Any], place: str) -> None:
         raise OSError(errno.__dict__[what], os.strerror(errno.__dict__[what]), place)
     sign = getattr(signal, f"SIG{what}")
     targets = _marked() if whom == "all" else [_process(whom)]
-    if sign == signal.SIGSTOP:
+    if sign == signal.SIGSTOP and point["seconds"]:
         wake = "; ".join(["sleep {}".format(point["seconds"]), *(f"kill -CONT {target}" for target in targets)])
         subprocess.Popen(["sh", "-c", wake], start_new_session=True, stdout=-3, stderr=-3)
     for target in sorted(targets, key=lambda target: target == os.getpid()):  # this one last
