@@ -150,10 +150,11 @@ def _follow(trainer: TorchTrainer, mailbox: Queue, on_event: Callable[[Event], N
 
 def _drain(mailbox: Queue) -> Iterator[Event]:
     """What has arrived, after waiting up to half a second for the first."""
+    actor: Any = mailbox.actor  # the queue's own calls wait for ever
     with contextlib.suppress(Empty, queue.Empty, asyncio.QueueEmpty):
-        yield ray.get(mailbox.actor.get.remote(0.5), timeout=ANSWER_S)
+        yield ray.get(actor.get.remote(0.5), timeout=ANSWER_S)
         while True:
-            yield ray.get(mailbox.actor.get_nowait.remote(), timeout=ANSWER_S)
+            yield ray.get(actor.get_nowait.remote(), timeout=ANSWER_S)
 
 
 def _explain(error: BaseException) -> str:
