@@ -64,8 +64,7 @@ def main(config: Config) -> None:
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(metrics, METRICS)
     metric = evaluation.config.evaluate.metric
-    speed = len(evaluation.predictions) / evaluation.seconds
-    value = evaluation.metrics.get(metric, float("nan"))
+    value, speed = evaluation.metrics.get(metric, float("nan")), len(evaluation.predictions) / evaluation.seconds
     print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
     print(report.parts_table(metrics), end="")
 

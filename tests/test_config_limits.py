@@ -13,6 +13,7 @@ from cigpose.config import config_from_mapping, load_params, load_preset
 from cigpose.config.schema import ConfigError
 
 HUGE = 10**18
+QUICKSTART = load_preset("quickstart").to_mapping()
 WORKS: dict[str, tuple[Any, ...]] = {
     "seed": (0, HUGE),
     "data.render.*.seed": (0, HUGE),
@@ -70,6 +71,8 @@ WORKS: dict[str, tuple[Any, ...]] = {
     },
     "registry.margin": (0,),
     "published.ap": (0,),
+    **{f"registry.max_loss.{part}": (0,) for part in QUICKSTART["registry"]["max_loss"]},
+    "registry.max_robustness_loss": (0,),
 }
 """Leaf -> those of the values tried that it takes."""
 
@@ -103,7 +106,6 @@ def put(values: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, 
     return values
 
 
-QUICKSTART = load_preset("quickstart").to_mapping()
 COMPLETE = put(put(QUICKSTART, ("train", "checkpoint", "every_steps"), 5), ("train", "cluster", "min_workers"), 1)
 COMPLETE["published"] = {"ap": 60.0, "source": "a paper", "gflops": 2.0}
 VALUES = (-1, 0, HUGE, -1e300, 1e300, math.nan, math.inf, -math.inf, 16**5000, "many", True, [], {})

@@ -327,4 +327,5 @@ def _prefetched(source: Generator[Batch, None, None], depth: int) -> Generator[B
             yield item
     finally:
         stop.set()
-        thread.join()
+        if thread is not threading.current_thread():  # which may be the one that collects what nobody holds any more
+            thread.join()

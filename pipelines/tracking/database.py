@@ -64,8 +64,8 @@ def prepared(path: Path) -> Iterator[None]:
 def _tables(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+    try:  # rw: what a killed writer has left half written is taken back by the next who opens the file
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=20)) as connection:
             return [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     except sqlite3.DatabaseError as err:
         if isinstance(err, sqlite3.OperationalError):  # locked, not readable: no fault of what is in it

@@ -273,6 +273,7 @@ def test_the_stage_writes_report_metrics_and_plot(
     written = {file.relative_to("data/report").as_posix() for file in Path("data/report").rglob("*.*")}
     assert written == {
         *("results.json", "predictions.npz", "report.html", "model.onnx", "pictures/page-00.jpg"),
+        *("measurement.json", "matches.npz"),
     }
     assert cv2.imread("data/report/pictures/page-00.jpg") is not None
     page = Path("data/report/report.html").read_text()

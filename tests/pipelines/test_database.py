@@ -93,3 +93,21 @@ def test_what_is_no_whole_database_is_named_and_left_alone(project: Path, found:
     with pytest.raises(DatabaseError, match=r"mlflow\.db: not a whole MLflow database \(.*\)\. .* move the file away"):
         connect(f"sqlite:///{path}")
     assert path.read_bytes()[:2000] == before[:2000]
+
+
+def _write_and_die(path: Path) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.executescript("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; BEGIN; CREATE TABLE more (text);")
+    for _ in range(2000):  # more than the cache holds: half of it is in the file before it is committed
+        connection.execute("INSERT INTO more VALUES (?)", ("x" * 500,))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_writer_has_half_written_is_taken_back(project: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(target=_write_and_die, args=(project / "mlflow.db",))
+    child.start()
+    child.join(60)
+    assert (project / "mlflow.db-journal").stat().st_size > 0
+    assert connect(f"sqlite:///{project}/mlflow.db").search_experiments(max_results=1)
+    with sqlite3.connect(project / "mlflow.db") as connection:
+        assert not connection.execute("SELECT name FROM sqlite_master WHERE name = 'more'").fetchall()

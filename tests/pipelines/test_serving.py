@@ -52,20 +52,16 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("packaged")
     config = small_config(serving=LIMITS)
     torch.manual_seed(1)
-    save_weights(root / "model.safetensors", build_model(config).state_dict(), config)
-    write_params(config, root / "params.yaml")
-    (root / "model.onnx").write_bytes(b"not looked at")
+    save_weights(root / "data/model.safetensors", build_model(config).state_dict(), config)
+    write_params(config, root / "data/params.yaml")
+    (root / "data/model.onnx").write_bytes(b"not looked at")
     facts = {"images": 1, "persons": 1, "content": "c", "dvc_md5": None}
     package = Package(
         config=config,
-        weights=root / "model.safetensors",
-        params=root / "params.yaml",
-        onnx=root / "model.onnx",
+        folder=root / "data",
+        report=root / "data",
         evaluation=Measurement(metrics={"whole/AP": 0.5}, data="d", protocol="{}"),
         lineage={"datasets": {config.data.val: facts}, "git_revision": None, "dvc_lock": None},
-        pictures=[],
-        report=None,
-        calibration=None,
         run={},
     )
     build(package, root / "model", root, Model())

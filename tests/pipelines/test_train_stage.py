@@ -22,7 +22,7 @@ from pipelines.tracking.sync import sync_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-LONG: dict[str, Any] = {"train__epochs": 3, "train__checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 2}}
+LONG: dict[str, Any] = {"train__epochs": 8, "train__checkpoint": {"every_steps": 2, "every_minutes": None, "keep": 2}}
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -106,7 +106,7 @@ def test_a_finished_run_is_copied_out_again_and_other_params_are_another_run(sta
     names = {"params.yaml", "curves.svg", "history.jsonl"}
     assert names <= {path.name for path in record.folder.iterdir()} and list(record.folder.glob("pictures/*.jpg"))
     assert (record.facts["status"], record.facts["address"]) == ("FINISHED", None)
-    assert run["epochs"] == 3 and 1 <= run["best_epoch"] <= 3 and run["run_id"]
+    assert run["epochs"] == 8 and 1 <= run["best_epoch"] <= 8 and run["run_id"]
     stage.params(**LONG, train__optimizer={"learning_rate": 1e30, "learning_rate_batch": 8, "clip_grad_norm": None})
     code, output = stage.run()  # a rate at which nothing can stay a number
     assert code == 1

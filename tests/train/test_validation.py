@@ -166,7 +166,7 @@ def test_validations_compute_as_the_training_does_and_in_batches_as_large(
 
     def watched(model: torch.nn.Module, loader: Any, *arguments: Any, **options: Any) -> Any:
         hook = model.backbone.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-        assert loader.plan.batch_sizes.max() <= 8 < config.evaluate.batch
+        assert loader.epoch.plan.batch_sizes.max() <= 8 < config.evaluate.batch
         try:
             return predict(model, loader, *arguments, **options)
         finally:
