@@ -34,7 +34,7 @@ from pipelines.training.cluster import (
     joined,
     marked,
 )
-from pipelines.training.local import LocalTorchConfig, is_gone, own_servers
+from pipelines.training.local import LocalTorchConfig, LocalTorchTrainer, is_gone, own_servers
 from pipelines.training.worker import work
 
 Event = dict[str, Any]
@@ -100,7 +100,8 @@ def _trainer(
     cluster: ClusterConfig, settings: dict[str, Any], storage: Path, torch_config: TorchConfig, use_gpu: bool
 ) -> TorchTrainer:
     elastic = cluster.min_workers is not None and cluster.min_workers < cluster.num_workers
-    return TorchTrainer(  # Ray's annotations are those of its former Train API
+    kind = LocalTorchTrainer if isinstance(torch_config, LocalTorchConfig) else TorchTrainer
+    return kind(  # Ray's annotations are those of its former Train API
         work,  # type: ignore[arg-type]
         train_loop_config=settings,
         torch_config=torch_config,

@@ -15,11 +15,13 @@ import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 
 def settle_environment() -> None:
@@ -58,6 +60,18 @@ def leave_ray(wait_s: float = 15.0) -> None:
     stopping.join(wait_s)
     if stopping.is_alive():
         atexit.unregister(ray.shutdown)
+
+
+class LocalTorchTrainer(TorchTrainer):
+    """A trainer without Ray's guard of placement groups.
+
+    It outlives the driver to free them, but here the cluster ends with the driver; and it asks a dashboard, for which a
+    training would wait twelve seconds at its end.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()  # type: ignore[misc]
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 @dataclass
