@@ -274,8 +274,9 @@ def serve_pages(root: Path) -> None:
         write_pages(root, pages)
         serving = deployments_server(root, client)
         processes += stack.enter_context(running(serving, root=root))  # stopped first, so that its states are kept
-        runs = landing_page(config, address) or pages.mlflow
-        print(without_credentials(f"Prefect  {pages.prefect}\nMLflow   {runs}"), flush=True)
+        # MLflow's addresses are all behind a #: nothing is to be cut off the one that has been made here.
+        runs = landing_page(config, address) or without_credentials(pages.mlflow)
+        print(f"Prefect  {without_credentials(pages.prefect)}\nMLflow   {runs}", flush=True)
         if token := next((server.env[TOKEN] for server in servers if TOKEN in server.env), None):
             print(f"Prefect's page asks once for a password: {token}", flush=True)
         print(f"{_last_line(serving.log, SERVING)}\nCtrl-C stops all of it.", flush=True)

@@ -20,7 +20,7 @@ from cigpose.evaluate.predictions import Predictions
 from pipelines.access import Pages, write_pages
 from pipelines.retraining import comparison
 from pipelines.retraining.artifacts import data_rows, links_of, picture_strip
-from pipelines.tracking.address import connect, run_url
+from pipelines.tracking.address import connect
 
 
 def guesses(truth: GroundTruth, noise: float) -> Predictions:
@@ -79,9 +79,8 @@ def test_links_lead_to_run_report_and_version_at_the_port_that_make_ui_took_last
     project: Path, config: Config, make_config: Callable[..., Config]
 ) -> None:
     write_params(config, project / "params.yaml")
-    url = run_url(f"sqlite:///{project}/mlflow.db", "3", "ab12")
-    assert url.startswith("http://127.0.0.1:5000/#/experiments/3/runs/ab12?")
-    registered = {"url": url, "model": "toy", "version": 4}
+    registered = {"run_id": "ab12", "experiment_id": "3", "model": "toy", "version": 4}
+    assert links_of(registered, project)["The run in MLflow"].startswith("http://127.0.0.1:5000/#/experiments/3/")
     write_pages(project, Pages(prefect="http://127.0.0.1:4205", mlflow="http://127.0.0.1:5017"))
     query = "?workflowType=machine_learning"
     assert links_of(registered, project) == {

@@ -178,7 +178,7 @@ def test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_n
             time.sleep(0.2)
         printed = (project / "ui.log").read_text()
         assert f"Prefect  {prefect}\n" in printed
-        assert f"MLflow   {mlflow}/#/experiments/1/runs?workflowType=machine_learning" in printed
+        assert f"MLflow   {mlflow}/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=" in printed
         token = (project / ".prefect/token").read_text()
         assert f"Prefect's page asks once for a password: {token}\n" in printed
         assert "\nDeployments: nightly, on-new-data, manual.\n" in printed
