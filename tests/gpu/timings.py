@@ -158,7 +158,7 @@ def count_bytes(state: TrainState, config: Config, batch: Mapping[str, Any]) -> 
         with Traffic() as compiled:
             state.losses(batch["crops"], batch["keypoints"], batch["visible"])["loss"].backward()
     counted = torch._inductor.metrics.num_bytes_accessed
-    return counted + whole.total - compiled.total if counted else None
+    return int(counted) + whole.total - compiled.total if counted else None
 
 
 def measure_evaluation(state: TrainState, config: Config, device: torch.device, *, batches: int) -> float:
