@@ -58,7 +58,7 @@ HOURS ?= 1
 soak: install        ## trainings, retrainings and registrations with random kills for HOURS=1
 	@python tests/faults/soak.py --hours $(HOURS)
 
-gpu-check:           ## on a machine with a GPU: tests and timings of the training step, into docs/performance.md
+gpu-check:           ## on a machine with a GPU: tests and measurements of the training, into docs/performance.md
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/gpu/check.py
 
 clean:               ## outputs and work states, not the downloads

@@ -1,34 +1,37 @@
-"""What a GPU makes of the training step: `make gpu-check`, at most ten minutes on one GPU, without Ray and MLflow.
+"""What a GPU makes of the training: `make gpu-check`, at most ten minutes on one GPU, without Ray and MLflow.
 
     python tests/gpu/check.py [--minutes 10] [--target docs/performance.md]
 
-Runs test_real_gpu.py, then times the step of three presets, eager and compiled, in bf16 and fp32, each in a process of
-its own, and writes the table into the page with the card's name. A case that finds no time left says so in the table.
+Runs test_real_gpu.py, then measures what `timings` can: the step of three presets, eager and compiled, in bf16 and
+fp32, their evaluation, their loader, and the memory, each in a process of its own, and writes the tables into the page
+with the card's name. What finds no time left says so in its row.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 try:
     import pytest  # noqa: F401
+    import timings
     import torch
 
-    from cigpose.config import config_from_mapping, load_preset
+    from cigpose.config import Config, config_from_mapping, load_preset
     from cigpose.files.atomic import write_text
-    from cigpose.model.complexity import complexity
-    from cigpose.model.estimator import build_model
-    from cigpose.train.build import state_around
-    from cigpose.train.step import Copier, train_step
 except ModuleNotFoundError as err:
     raise SystemExit(
         f"gpu-check: {err.name} is not installed for {sys.executable}; expected what the library needs and pytest: "
@@ -40,65 +43,73 @@ PRESETS = {  # persons per GPU, as the paper trains
     "cigpose-l_coco-wholebody_384x288": 32,
     "cigpose-x_coco-wholebody_384x288": 32,
 }
-CASES = [
-    (preset, precision, compiled) for compiled in (False, True) for precision in ("bf16", "fp32") for preset in PRESETS
+LOADERS = list(PRESETS)[:2]
+"""Crops of x are those of l."""
+Case = tuple[Any, ...]
+Found = dict[Case, dict[str, Any] | str]
+"""Case -> what was measured, or why nothing was."""
+STEPS: list[Case] = [
+    ("step", preset, precision, compiled)
+    for compiled in (False, True)
+    for precision in ("bf16", "fp32")
+    for preset in PRESETS
 ]
+# what takes longest and is missed least comes last: compiling
+CASES: list[Case] = [("bandwidth",), *(("loader", preset) for preset in LOADERS), *STEPS]
 PEAKS = {
     "H100": {"bf16": 989e12, "fp32": 495e12},
     "H200": {"bf16": 989e12, "fp32": 495e12},
     "A100": {"bf16": 312e12, "fp32": 156e12},
 }
 """Operations a second of dense matrices by the maker's sheet; of fp32 as TF32, in which torch lets cuDNN convolve."""
-WARM_UP, STEPS = 5, 30
+LONGEST_TESTS = 0.4
+"""Share of the time that the tests may take."""
+PICTURES, EPOCHS = 300, 12
+"""Of the loader's measurement: about 7,000 crops."""
 BEGIN, END = "<!-- measured: make gpu-check -->", "<!-- end of measured -->"
 
 
-def measure(preset: str, precision: str, compiled: bool) -> dict[str, Any]:
-    """Time one training step; in this process."""
-    device, persons = torch.device("cuda", 0), PRESETS[preset]
+def config_of(preset: str, precision: str = "bf16", compiled: bool = False) -> Config:
+    """A preset on one GPU, from random weights."""
     values = load_preset(preset).to_mapping()
     values["model"]["backbone"]["pretrained"] = None
+    persons = PRESETS[preset]
     values["train"] |= {"precision": precision, "compile": compiled, "batch_total": persons, "accumulate_steps": 1}
     values["train"]["cluster"] = {"num_workers": 1}
-    config = config_from_mapping(values)
-    torch.manual_seed(0)
-    state = state_around(build_model(config).to(device), config, device)
-    (width, height), keypoints = config.model.input_size, len(config.keypoint_set)
-    batch = {
-        "crops": torch.randint(0, 256, (persons, height, width, 3), dtype=torch.uint8).pin_memory(),
-        "keypoints": (torch.rand(persons, keypoints, 2) * torch.tensor([width, height])).pin_memory(),
-        "visible": torch.ones(persons, keypoints).pin_memory(),
-        "keys": ["random"] * persons,
-    }
-    copier, host = Copier(device), 0.0
-    for number in range(WARM_UP + STEPS):
-        if number == WARM_UP:
-            state.settle()
-            torch.cuda.synchronize()
-            began, host = time.perf_counter(), 0.0
-        queued = time.perf_counter()
-        train_step(state, [copier(batch)], rate=1e-4, clip_grad_norm=35.0)
-        host += time.perf_counter() - queued
-    state.settle()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / STEPS
-    # forward and backward: three times the forward, two operations to a multiply-add
-    operations = 6 * complexity(config).multiply_adds * persons
-    peak = next((peaks[precision] for name, peaks in PEAKS.items() if name in torch.cuda.get_device_name()), None)
-    return {
-        "ms": seconds * 1e3,
-        "host_ms": host / STEPS * 1e3,
-        "crops_per_s": persons / seconds,
-        "gib": torch.cuda.max_memory_allocated() / 2**30,
-        "mfu": operations / seconds / peak if peak else None,
-    }
+    return config_from_mapping(values)
 
 
-def run_case(preset: str, precision: str, compiled: bool, timeout_s: float) -> dict[str, Any] | str:
+def measure(case: Case) -> dict[str, Any]:
+    """Measure a case on the first GPU, in this process."""
+    device = torch.device("cuda", 0)
+    match case:
+        case ("bandwidth",):
+            return {"bytes_per_s": timings.measure_bandwidth(device)}
+        case ("loader", preset):
+            return measure_loader(config_of(preset))
+        case ("step", preset, precision, compiled):
+            return timings.measure_step(config_of(preset, precision, compiled), device)
+    raise ValueError(f"no case {case}")
+
+
+def measure_loader(config: Config, pictures: int = PICTURES, epochs: int = EPOCHS) -> dict[str, Any]:
+    """The loader on rendered people in shards made on the fly, with no more processes than there are cores."""
+    options = dataclasses.replace(
+        config.train.loader, processes=min(config.train.loader.processes, len(os.sched_getaffinity(0)))
+    )
+    sharding = dataclasses.replace(config.data.sharding, images_per_shard=max(pictures // 16, 1))
+    data = dataclasses.replace(config.data, sharding=sharding)
+    config = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, loader=options))
+    with tempfile.TemporaryDirectory(prefix="cigpose-") as folder:
+        config = timings.with_people(config, Path(folder), num_images=pictures)
+        return timings.measure_loader(config, Path(folder) / "shards", epochs=epochs)
+
+
+def run_case(case: Case, timeout_s: float) -> dict[str, Any] | str:
     """`measure` in a process of its own; why there is no answer, if there is none."""
     if timeout_s < 10:
         return "no time left"
-    command = [sys.executable, __file__, "--case", json.dumps([preset, precision, compiled])]
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -109,23 +120,72 @@ def run_case(preset: str, precision: str, compiled: bool, timeout_s: float) -> d
     return json.loads(answer.stdout.splitlines()[-1])
 
 
-def make_table(found: dict[tuple[str, str, bool], dict[str, Any] | str]) -> str:
-    """The cases as Markdown."""
+def run_cases(cases: list[Case], ends: float, run: Callable[[Case, float], dict[str, Any] | str] = run_case) -> Found:
+    """What each case gives, until the clock (`time.monotonic`) says `ends`."""
+    found: Found = {}
+    for case in cases:
+        found[case] = run(case, ends - time.monotonic())
+        print(*case, found[case], flush=True)
+    return found
+
+
+def make_tables(found: Found, peaks: dict[str, float] | None) -> str:
+    """The cases as Markdown.
+
+    Args:
+        found: of `CASES`; those that are missing are left out.
+        peaks: precision -> operations a second of this card at most, None if they are not known.
+    """
+    memory = found.get(("bandwidth",), "not measured")
+    speed = None if isinstance(memory, str) else memory["bytes_per_s"]
+    said = memory if speed is None else f"{speed / 1e9:,.0f} GB/s, read and written by a kernel that does nothing else"
     rows = [
-        "| preset | precision | | crops | ms a step | of which the host | crops/s | GiB | MFU |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"Memory: {said}.",
+        "",
+        "| preset | precision | | crops | ms a step | of which the host | crops/s | GiB | MFU | of the memory's speed "
+        "| evaluated crops/s |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(_step_row(case, found[case], speed, peaks) for case in STEPS if case in found),
+        "",
+        "| loader | processes | crops/s | CPU ms a crop |",
+        "| --- | ---: | ---: | ---: |",
+        *(_loader_row(case[1], result) for case, result in found.items() if case[0] == "loader"),
     ]
-    for (preset, precision, compiled), result in found.items():
-        case = f"| {preset} | {precision} | {'compiled' if compiled else 'eager'} | {PRESETS[preset]} |"
-        if isinstance(result, str):
-            rows.append(f"{case} {result} | | | | |")
-            continue
-        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
-        rows.append(
-            f"{case} {result['ms']:.1f} | {result['host_ms']:.1f} | {result['crops_per_s']:,.0f} | "
-            f"{result['gib']:.1f} | {mfu} |"
-        )
+    late = sum(result == "no time left" for result in found.values())
+    if late:
+        rows += ["", f"{late} of {len(found)} measurements had no time left; `--minutes` gives them more."]
     return "\n".join(rows)
+
+
+def _step_row(case: Case, result: dict[str, Any] | str, speed: float | None, peaks: dict[str, float] | None) -> str:
+    _, preset, precision, compiled = case
+    row = f"| {preset} | {precision} | {'compiled' if compiled else 'eager'} |"
+    if isinstance(result, str):
+        return f"{row} {PRESETS[preset]} | {result} | | | | | | |"
+    seconds = result["seconds"]
+    mfu = f"{result['operations'] / seconds / peaks[precision]:.1%}" if peaks else "-"
+    share = f"{result['bytes'] / seconds / speed:.0%}" if speed and result["bytes"] else "-"
+    evaluated = f"{result['evaluated_per_s']:,.0f}" if result["evaluated_per_s"] else "-"
+    return (
+        f"{row} {result['crops']} | {seconds * 1e3:.1f} | {result['host_seconds'] * 1e3:.1f} | "
+        f"{result['crops'] / seconds:,.0f} | {result['gib']:.1f} | {mfu} | {share} | {evaluated} |"
+    )
+
+
+def _loader_row(preset: str, result: dict[str, Any] | str) -> str:
+    if isinstance(result, str):
+        return f"| {preset} | | {result} | |"
+    return f"| {preset} | {result['processes']} | {result['per_s']:,.0f} | {result['cpu_seconds'] * 1e3:.2f} |"
+
+
+def run_tests(timeout_s: float) -> str:
+    """What became of test_real_gpu.py: "passed", "FAILED", or that it did not end."""
+    # the suite's conftest.py is for more than the library
+    tests = [sys.executable, "-m", "pytest", "-q", "-rs", "--noconftest", "tests/gpu/test_real_gpu.py"]
+    try:
+        return "passed" if subprocess.run(tests, cwd=ROOT, timeout=timeout_s).returncode == 0 else "FAILED"
+    except subprocess.TimeoutExpired:
+        return f"did NOT END within {timeout_s:.0f} s"
 
 
 def put_on_page(page: Path, measured: str) -> None:
@@ -148,23 +208,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit(f"gpu-check: torch {torch.__version__} sees no CUDA GPU here, so nothing was run or written.")
     if options.case:
-        print(json.dumps(measure(*options.case)))
+        print(json.dumps(measure(tuple(options.case))))
         return
     ends = time.monotonic() + 60 * options.minutes
-    # the suite's conftest.py is for more than the library
-    tests = [sys.executable, "-m", "pytest", "-q", "--noconftest", "tests/gpu/test_real_gpu.py"]
-    passed = subprocess.run(tests, cwd=ROOT).returncode == 0
-    found = {}
-    for case in CASES:
-        found[case] = run_case(*case, timeout_s=ends - time.monotonic())
-        print(*case, found[case], flush=True)
-    card, said = torch.cuda.get_device_name(), "passed" if passed else "FAILED"
+    outcome = run_tests(LONGEST_TESTS * 60 * options.minutes)
+    found = run_cases(CASES, ends)
+    card = torch.cuda.get_device_name()
+    peaks = next((peaks for name, peaks in PEAKS.items() if name in card), None)
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
-    measured = f"{card}, {versions}. tests/gpu/test_real_gpu.py {said}.\n\n{make_table(found)}"
+    measured = f"{card}, {versions}. tests/gpu/test_real_gpu.py {outcome}.\n\n{make_tables(found, peaks)}"
     print(measured)
     put_on_page(options.target, measured)
     has_failed = any(isinstance(result, str) and result.startswith("failed") for result in found.values())
-    raise SystemExit(1 if has_failed or not passed else 0)
+    raise SystemExit(1 if has_failed or outcome != "passed" else 0)
 
 
 if __name__ == "__main__":

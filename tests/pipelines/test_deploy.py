@@ -256,3 +256,30 @@ def test_mlflow_on_postgres_with_files_on_s3_registers_two_versions_at_once(
         kept = {entry["Key"] for entry in s3.list_objects_v2(Bucket="mlflow")["Contents"]}
         assert {f"{experiment}/{run}/artifacts/model/weights.txt" for run in found.values()} <= kept
     assert sorted(postgres.run("mlflow", "SELECT version FROM model_versions").split()) == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_prefect_on_postgres_keeps_the_runs_of_two_clients_and_lets_nobody_in_without_the_password(
+    postgres: Any, tmp_path: Path
+) -> None:
+    replaced = {
+        r"postgresql\+asyncpg://.*/prefect": postgres.make_database("prefect").replace("://", "+asyncpg://"),
+        r"\$\{PREFECT_AUTH_STRING:\?set it in \.env\}": "admin:of-the-tests",
+    }
+    with served("prefect", "/api/health", replaced, tmp_path / "prefect.log") as address:
+        flows = f"{address}/api/flows/"
+        assert requests.post(flows, json={"name": "retrain"}, timeout=30).status_code == 401
+
+        def start_run(number: int) -> str:
+            with requests.Session() as client:
+                client.auth = ("admin", "of-the-tests")
+                flow = client.post(flows, json={"name": "retrain"}, timeout=30).json()["id"]
+                run = {"name": f"run-{number}", "flow_id": flow, "state": {"type": "RUNNING"}}
+                answer = client.post(f"{address}/api/flow_runs/", json=run, timeout=30)
+            assert answer.status_code == 201, answer.text
+            return str(answer.json()["id"])
+
+        with ThreadPoolExecutor(2) as both:
+            runs = set(both.map(start_run, range(2)))
+    kept = postgres.run("prefect", "SELECT r.id, f.name, r.state_type FROM flow_run r JOIN flow f ON r.flow_id = f.id")
+    assert sorted(kept.split()) == sorted(f"{run}|retrain|RUNNING" for run in runs)
