@@ -83,12 +83,14 @@ def _registered(project: Path) -> Any:
     """Versions, aliases and decisions in the registry, and the outcome, without what is random."""
     from mlflow import MlflowClient
 
+    from pipelines.registry.versions import WEIGHTS_TAG
+
     address = f"sqlite:///{project}/mlflow.db"
     client = MlflowClient(tracking_uri=address, registry_uri=address)
     [model] = client.search_registered_models()
     versions = {
         version.version: {name: tag for name, tag in version.tags.items() if name.startswith(("decision", "evaluat"))}
-        | {"weights": version.tags["cigpose.weights_sha256"], "status": version.status}
+        | {"weights": version.tags[WEIGHTS_TAG], "status": version.status}
         for version in client.search_model_versions(f"name = '{model.name}'")
     }
     tags = {name: tag for name, tag in model.tags.items() if not name.startswith("mlflow.")}
