@@ -58,8 +58,10 @@ PARAMS: dict[str, Any] = {
     "train__ema": {"enabled": True, "momentum": 0.01, "gamma": 10.0},
     "data__sharding__processes": 2,
 }
-UNFINISHED = re.compile(r"(^|/)\.(?!runs/)|\.(part|partial|old|done)(/|$)|\.partial[-/]")
-"""Names that say that what has them may be half of it."""
+UNFINISHED = re.compile(
+    r"(^|/)\.(?!runs/)|\.(part|partial|old|done)(/|$)|\.partial[-/]|^\.runs/register/|^mlartifacts/"
+)
+"""Names that say that what has them may be half of it; and MLflow's own files, which it never syncs."""
 PASSING = re.compile(r"\.lock$|-wal$|-shm$|\.pyc$|__pycache__$|(pictures|validation)(/epoch-\d+-\d+\.jpg)?$")
 """Names that may be there or not: locks, and pictures that a driver shows while it is there."""
 KEYS = ("rendered-train", "rendered-val")
