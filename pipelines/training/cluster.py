@@ -174,8 +174,11 @@ def marked(checkpoints: str) -> Iterator[str | None]:
     if is_remote(checkpoints):
         yield None
         return
-    marker = local_path(checkpoints) / f".driver-{uuid.uuid4().hex[:8]}"
-    marker.parent.mkdir(parents=True, exist_ok=True)
+    folder = local_path(checkpoints)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".driver-*"):  # of killed drivers: this one has the run to itself
+        left.unlink(missing_ok=True)
+    marker = folder / f".driver-{uuid.uuid4().hex[:8]}"
     marker.touch()
     try:
         yield str(marker)

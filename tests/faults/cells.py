@@ -118,7 +118,8 @@ CELLS: list[Cell] = [
     death("training", "killed mid-step", At(at=STEP, nth=5)),
     death("training", "killed while a checkpoint is written", At(at=PUBLISH, nth=4), sample=True),
     death("training", "killed between weights and state", At(at=WEIGHTS, when="after")),
-    death("training", "killed during validation", At(at=SCORE, nth=2)),
+    death("training", "killed during validation", At(at=SCORE, nth=2, whom="main")),
+    death("training", "the process that scores a validation killed", At(at=SCORE, nth=2), "sentence", says="scores"),
     death("training", "stopped for 5 s mid-step", At(at=STEP, nth=4, do="STOP", seconds=5), "recovers"),
     # The stage: driver, worker and Ray.
     death("train", "a worker killed mid-step", At(at=STEP, nth=5), "recovers"),

@@ -58,8 +58,10 @@ PARAMS: dict[str, Any] = {
     "train__ema": {"enabled": True, "momentum": 0.01, "gamma": 10.0},
     "data__sharding__processes": 2,
 }
-UNFINISHED = re.compile(r"(^|/)\.(?!runs/)|\.(part|partial|old|done)(/|$)|\.partial[-/]")
-"""Names that say that what has them may be half of it."""
+UNFINISHED = re.compile(
+    r"(^|/)\.(?!runs/)|\.(part|partial|old|done)(/|$)|\.partial[-/]|^\.runs/register/|^mlartifacts/"
+)
+"""Names that say that what has them may be half of it; and MLflow's own files, which it never syncs."""
 PASSING = re.compile(r"\.lock$|-wal$|-shm$|\.pyc$|__pycache__$|(pictures|validation)(/epoch-\d+-\d+\.jpg)?$")
 """Names that may be there or not: locks, and pictures that a driver shows while it is there."""
 KEYS = ("rendered-train", "rendered-val")
@@ -83,12 +85,14 @@ def _registered(project: Path) -> Any:
     """Versions, aliases and decisions in the registry, and the outcome, without what is random."""
     from mlflow import MlflowClient
 
+    from pipelines.registry.versions import WEIGHTS_TAG
+
     address = f"sqlite:///{project}/mlflow.db"
     client = MlflowClient(tracking_uri=address, registry_uri=address)
     [model] = client.search_registered_models()
     versions = {
         version.version: {name: tag for name, tag in version.tags.items() if name.startswith(("decision", "evaluat"))}
-        | {"weights": version.tags["cigpose.weights_sha256"], "status": version.status}
+        | {"weights": version.tags[WEIGHTS_TAG], "status": version.status}
         for version in client.search_model_versions(f"name = '{model.name}'")
     }
     tags = {name: tag for name, tag in model.tags.items() if not name.startswith("mlflow.")}

@@ -103,6 +103,13 @@ def test_a_node_that_sees_another_folder_of_checkpoints_is_refused_in_a_sentence
         cluster.refuse_other_folder(marker)
 
 
+def test_what_a_killed_driver_marked_its_folder_with_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".driver-0badcafe").touch()
+    with cluster.marked(str(tmp_path)) as marker:
+        assert [str(path) for path in tmp_path.iterdir()] == [marker]
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_node_with_nothing_but_addresses_trains(tmp_path: Path, s3: Any) -> None:
     s3.create_bucket(Bucket="people")

@@ -57,4 +57,4 @@ def _log_of(path: Path, process: subprocess.Popen[str]) -> str:
     """What it said, once it is up."""
     said = path.read_text()
     assert process.poll() is None, said
-    return said if "Ctrl-C stops both." in said else ""
+    return said if "Ctrl-C stops all of it." in said else ""

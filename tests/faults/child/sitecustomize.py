@@ -49,7 +49,8 @@ def _break(point: dict[str, Any], place: str) -> None:
     targets = _marked() if whom == "all" else [_process(whom)]
     if sign == signal.SIGSTOP and point["seconds"]:
         wake = "; ".join(["sleep {}".format(point["seconds"]), *(f"kill -CONT {target}" for target in targets)])
-        subprocess.Popen(["sh", "-c", wake], start_new_session=True, stdout=-3, stderr=-3)
+        # nobody's child: a Ray worker that ends meanwhile takes its own along
+        subprocess.run(["sh", "-c", f"({wake}) &"], start_new_session=True, stdout=-3, stderr=-3, check=True)
     for target in sorted(targets, key=lambda target: target == os.getpid()):  # this one last
         os.kill(target, sign)
 
