@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -20,7 +22,12 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[ModuleType] = ()
     """
     options = _parser(more).parse_args(arguments)
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()  # so that a reader who has gone is met here
+        return status
+    except BrokenPipeError:  # `cigpose presets | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a word
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as err:
         print(without_credentials(f"cigpose: {err}"), file=sys.stderr)
         return 2

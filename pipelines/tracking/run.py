@@ -186,7 +186,7 @@ def run_name(config: Config) -> str:
     changed = [key for key, value in here.items() if preset.get(key) != value and not key.startswith("registry.")]
     words = [f"{key.rpartition('.')[2]} {here[key]}" for key in changed[:CHANGES_NAMED]]
     more = len(changed) - len(words)
-    return ", ".join([config.name, *(word[:40] for word in words), *([f"{more} more changes"] if more else [])])
+    return ", ".join([config.name, *(word[:40] for word in words), *([f"{more} more"] if more else [])])
 
 
 def _tags(config: Config, kind: str) -> dict[str, str]:

@@ -25,6 +25,17 @@ def test_use_writes_a_complete_params_file(tmp_path: Path, capsys: pytest.Captur
     assert "cigpose-l_coco_384x288" in capsys.readouterr().out
 
 
+def test_a_reader_of_the_output_who_has_gone_is_not_told_of_as_a_fault(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `cigpose presets | head` leaves it
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        status = main(["presets", "quickstart"])
+    assert (status, capsys.readouterr().err) == (141, "")
+
+
 def test_use_fast_changes_how_it_is_computed_and_its_name_and_nothing_else(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("paper.yaml", "fast.yaml")]
     for path, switch in zip(paths, ([], ["--fast"]), strict=True):
