@@ -27,7 +27,7 @@ import yaml
 from cigpose.config import Config, load_preset, presets
 from cigpose.config.schema import leaves
 from cigpose.files.addresses import is_remote, without_credentials
-from cigpose.files.atomic import write_json, write_text
+from cigpose.files.atomic import clear_leftovers, write_json, write_text
 from cigpose.shard.index import read_index
 from pipelines.lineage import content_digest, dvc_hashes, git_revision, shards_digest
 
@@ -67,6 +67,8 @@ class Run:
             kind: what the run is, as tag `cigpose.kind`.
             address: MLflow's, where it is to be delivered.
         """
+        for name in ("run.json", PARAMS, self.history.name):
+            clear_leftovers(self.folder / name)
         if not self.facts:
             write_text(self.folder / PARAMS, yaml.safe_dump(config.to_public_mapping(), sort_keys=False))
             self.facts = {"id": LOCAL + uuid.uuid4().hex, "started": _now(), "files": {PARAMS: None}, "inputs": []}

@@ -110,12 +110,15 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run_without_repeating_steps(
     client = connect(address)
     killed = Run(folder).run_id
     assert client.get_run(killed).info.status == "RUNNING"
+    half = [folder / f".{name}.0badcafe.part" for name in ("run.json", "history.jsonl")]
+    for path in half:
+        path.write_text("{")
     times = {metric.step: metric.timestamp for metric in client.get_metric_history(killed, "train/loss")}
     with tracked(config, folder) as run:
         run.restart_history([loss(step) for step in range(5)])  # the checkpoint's
         for step in range(5, 15):
             run.log_record(loss(step))
-    assert run.run_id == killed
+    assert run.run_id == killed and not any(path.exists() for path in half)
     assert losses(client, killed) == expected(*range(15))
     assert client.get_run(killed).info.status == "FINISHED"
     again = {metric.step: metric.timestamp for metric in client.get_metric_history(killed, "train/loss")}
