@@ -49,7 +49,7 @@ TOGETHER: list[tuple[str, str, dict[str, object]]] = [
     ),
     (
         "`make ui` twice",
-        "tests/pipelines/test_together.py::test_make_ui_twice_gives_each_its_own_ports_and_both_end_at_ctrl_c",
+        "tests/pipelines/test_ui.py::test_make_ui_brings_both_up_for_their_own_pages_only_draws_them_and_leaves_nothing_behind",
         {},
     ),
     (
