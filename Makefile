@@ -34,7 +34,7 @@ check: lint          ## what to run before each commit, a minute at most: lint, 
 	@python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow"
 
 test: install        ## the whole test suite
-	@python -m pytest -n $(JOBS) --dist loadfile
+	@python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: install        ## ruff, mypy, codespell
 	@ruff check . && ruff format --check . && mypy && codespell

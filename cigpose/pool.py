@@ -30,7 +30,9 @@ def map_in_processes(
     Raises:
         ChildProcessError: a process was killed; the others are gone then.
     """
-    with process_pool(processes) as pool:
+    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with_parent) as pool:
         waiting: deque[tuple[Work, Future[Result]]] = deque()
         try:
             for work in works:
@@ -45,13 +47,6 @@ def map_in_processes(
             raise ChildProcessError("one of the processes that share the work was killed (out of memory?)") from err
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def process_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that are started when they are needed, and end with this one however it ends."""
-    # spawn: a fork would inherit threads of OpenCV, torch and our own in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, initializer=leave_with_parent)
 
 
 def leave_with_parent() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -255,6 +256,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow once, or serve its deployments; 1 when a stage fails."""
     options = _parse(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts its children with SIGINT off
     overrides = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
     preset = None if options.preset == OWN else options.preset
     asked: dict[str, Any] = {

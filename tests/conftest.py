@@ -24,10 +24,15 @@ pytest_plugins = ["postgres", "scripted_host", "sharder", "tiny_shards"]  # fixt
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LONGEST = ("test_end_to_end", "test_train_stage", "test_retrain", "test_sample", "test_registry", "test_stages")
+"""Files that take minutes, the longest first; then those with the most slow tests."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no process is left alone with one at the end."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: ("pipelines" not in item.path.parts, -slow[item.path], str(item.path)))
+    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), -slow[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")

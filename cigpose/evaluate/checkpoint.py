@@ -131,10 +131,9 @@ def measure(model: nn.Module, config: Config, *, shards_root: Path = Path("data/
         FileNotFoundError: shards or ground truth are missing.
         ValueError: they do not fit, or a person was not predicted exactly once.
     """
-    shards = open_shards(config, config.data.val, shards_root)
-    predictions = predict_share(model, config, shards, shards_root, torch.device("cpu"), 0, 1)
-    refuse_incomplete(predictions, shards, config)
-    return evaluate_predictions(predictions, dataset_truth(shards, config), config.keypoint_set, config.evaluate)
+    evaluation = evaluate_model(model, config, shards_root=shards_root, device="cpu")
+    assert evaluation is not None  # one process: this is rank 0
+    return evaluation.metrics
 
 
 def merge_config(model: Config, evaluation: Config, *, where: str) -> Config:

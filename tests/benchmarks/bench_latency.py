@@ -16,12 +16,12 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
 import torch
+from rounds import timed
 
 from cigpose.config import load_preset
 from cigpose.deploy.export import export_onnx
@@ -63,18 +63,6 @@ def make_steps(
     return steps | {name: lambda form=form: form(images_for(network, crops)) for name, form in forms.items()}
 
 
-def timed(steps: dict[str, Step], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after a round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if number:
-                times[name].append(clock() - start)
-    return times
-
-
 @torch.inference_mode()
 def report(name: str, options: argparse.Namespace, folder: Path) -> None:
     """Print a table of one network: a row a form, a column for each batch and number of threads."""
@@ -85,9 +73,8 @@ def report(name: str, options: argparse.Namespace, folder: Path) -> None:
     columns: dict[str, dict[str, float]] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        clock = time.process_time if threads == 1 else time.perf_counter
         for batch in options.batches:
-            times = timed(make_steps(network, files, batch, threads, options.compile), options.rounds, clock)
+            times = timed(make_steps(network, files, batch, threads, options.compile), options.rounds, threads=threads)
             eager = times["eager"]
             column = {
                 form: statistics.median(a / b for a, b in zip(eager, each, strict=True)) for form, each in times.items()

@@ -13,11 +13,11 @@ import argparse
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from rounds import timed
 from torch import Tensor
 
 from cigpose.config import Config, load_preset
@@ -77,22 +77,6 @@ def make_inference(config: Config, batch: int, *, compiled: bool) -> tuple[Step,
     return torch.inference_mode()(lambda: whole(images)), torch.inference_mode()(lambda: model.backbone(images))
 
 
-def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one round of warm-up.
-
-    Of the wall, or with one thread of the processor, which a busy machine disturbs less.
-    """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if number:
-                times[name].append(clock() - start)
-    return times
-
-
 def ratios(times: dict[str, list[float]], name: str, to: str) -> list[float]:
     """Time of one step over that of another, round by round, ascending."""
     return sorted(a / b for a, b in zip(times[name], times[to], strict=True))
@@ -110,7 +94,11 @@ def report_training(config: Config, options: argparse.Namespace) -> None:
         name: make_training_step(config, options.batch, channels_last=last, bf16=bf16, compiled=compiled)
         for name, (last, bf16, compiled) in kinds.items()
     }
-    times = timed({**steps, "backbone": make_backbone_step(config, options.batch)}, options.rounds)
+    times = timed(
+        {**steps, "backbone": make_backbone_step(config, options.batch)},
+        options.rounds,
+        threads=torch.get_num_threads(),
+    )
     print(f"{'training step':<30} {'crops/s':>8} {'of fp32':>8} {'spread':>14}")
     for name in kinds:
         found = ratios(times, name, reference)
@@ -128,7 +116,7 @@ def report_inference(config: Config, options: argparse.Namespace) -> None:
     for batch in (1, 8):
         for compiled in (False, True) if options.compile else (False,):
             whole, backbone = make_inference(config, batch, compiled=compiled)
-            times = timed({"whole": whole, "backbone": backbone}, 3 * options.rounds)
+            times = timed({"whole": whole, "backbone": backbone}, 3 * options.rounds, threads=torch.get_num_threads())
             median = statistics.median(times["whole"])
             share = 100 * statistics.median(ratios(times, "backbone", "whole"))
             name = f"batch {batch}{', compiled' if compiled else ''}"
