@@ -182,8 +182,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("mlflow")
     level = logger.level
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True):  # a filter would be set aside by MLflow's own
         logger.setLevel(logging.ERROR)
         try:
             yield
