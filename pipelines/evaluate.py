@@ -65,7 +65,8 @@ def main(config: Config) -> None:
     report.write_metrics_json(metrics, METRICS)
     metric = evaluation.config.evaluate.metric
     value, speed = evaluation.metrics.get(metric, float("nan")), len(evaluation.predictions) / evaluation.seconds
-    print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
+    sigmas = evaluation.config.keypoint_set.sigmas_origin
+    print(f"{config.data.val}: {metric} {value:.4f} with sigmas {sigmas}, {speed:.3g} people a second")
     print(report.parts_table(metrics), end="")
 
 
@@ -141,6 +142,7 @@ def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:
         "boxes": config.evaluate.boxes.replace("_", " "),
         "flip test": "yes" if config.evaluate.flip_test else "no",
         "crop": "{} x {} pixels (width x height)".format(*config.model.input_size),
+        "sigmas of AP": evaluation.config.keypoint_set.sigmas_origin,
         "scores": "box score x mean of the keypoint scores above "
         f"{config.evaluate.keypoint_score_threshold:g}; OKS suppression above {config.evaluate.oks_nms_threshold}",
     }
