@@ -98,9 +98,10 @@ class KeypointSet:
         """A user's own set, as written under `keypoints` in params.yaml.
 
         Args:
-            table: `name`, `names`, `sigmas` and, by choice, `sigmas_origin` (a line of text), `flip_pairs`, `edges` (pairs of names), `groups`, `parts`,
-                `upper_body`, `lower_body` (lists of names). Without `groups` all keypoints are one group; without
-                `edges` consecutive keypoints are joined; without `parts` all are `body`.
+            table: `name`, `names`, `sigmas` and, by choice, `sigmas_origin` (a line of text), `flip_pairs`, `edges`
+                (pairs of names), `groups`, `parts`, `upper_body`, `lower_body` (lists of names). Without `groups` all
+                keypoints are one group; without `edges` consecutive keypoints are joined; without `parts` all are
+                `body`.
 
         Raises:
             ValueError: a key or a name that does not exist, or columns that do not fit each other.

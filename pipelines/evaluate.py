@@ -63,10 +63,9 @@ def main(config: Config) -> None:
     calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(metrics, METRICS)
-    metric = evaluation.config.evaluate.metric
+    metric, own = evaluation.config.evaluate.metric, evaluation.config.keypoint_set
     value, speed = evaluation.metrics.get(metric, float("nan")), len(evaluation.predictions) / evaluation.seconds
-    sigmas = evaluation.config.keypoint_set.sigmas_origin
-    print(f"{config.data.val}: {metric} {value:.4f} with sigmas {sigmas}, {speed:.3g} people a second")
+    print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second; sigmas {own.sigmas_origin}")
     print(report.parts_table(metrics), end="")
 
 
@@ -113,10 +112,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except ValueError as err:
         raise ValueError(f"{path}: not valid JSON ({err}). Delete it and run again.") from err
-    return dict(content)
 
 
 def calibrate(evaluation: Evaluation, folder: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-COMMANDS: tuple[ModuleType, ...] = ()
+from cigpose.cli import dataset_init
+
+COMMANDS: tuple[ModuleType, ...] = (dataset_init,)
 """Modules of the subcommands, each with `add_parser`."""
 
 
