@@ -72,8 +72,8 @@ def _init(options: argparse.Namespace) -> None:
     elif not params.is_file():
         raise FileNotFoundError(f"{params}: not found, so there is none to keep. Leave out --keep-params.")
     refuse_strangers(folder)
-    sides = _sides(options)
     asked = names_asked_for(options.keypoints) if options.keypoints else None
+    sides = _sides(options, asked)
     table = make_table(sides[0].labels, name, asked, read_sigmas(options.sigmas) if options.sigmas else None)
     _check_val(sides, table)
     origin = {"pictures": str(options.pictures.absolute()), "labels": str(options.labels.absolute())}
@@ -134,20 +134,20 @@ def _is_preset(params: Path) -> bool:
     return any(text == params_text(load_preset(name)) for name in presets())
 
 
-def _sides(options: argparse.Namespace) -> list[Side]:
+def _sides(options: argparse.Namespace, names: tuple[str, ...] | None) -> list[Side]:
     """Pictures to train on and to measure on, with their labels."""
     from cigpose.dataset.raw import Side
     from cigpose.dataset.reading import Photographs, read_labels
     from cigpose.dataset.split import held_out_share, refuse_shared_pictures, split_pictures
 
     photographs = Photographs(options.pictures)
-    labels = read_labels(options.labels, photographs, options.category)
+    labels = read_labels(options.labels, photographs, options.category, names)
     if options.val is None:
         share = held_out_share(labels.num_people) if options.val_share is None else options.val_share
         train, val = split_pictures(labels, share, options.split_by)
         return [Side(labels=labels, images=images, photographs=photographs) for images in (train, val)]
     others = Photographs(options.val_pictures) if options.val_pictures else photographs
-    held = read_labels(options.val, others, options.category)
+    held = read_labels(options.val, others, options.category, names)
     if others.path.resolve() == photographs.path.resolve():
         refuse_shared_pictures(labels.images, held.images, str(options.val))
     return [

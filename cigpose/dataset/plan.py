@@ -168,13 +168,12 @@ def make_plan(
     size, why = choose_size(num_train, machine)
     input_size, shape = crop_size(boxes_xywh, size.pixels, 2 ** (size.backbone.get("out_stage", 4) + 1))
     values = _values(name, table, size, input_size, list(datasets), dict(datasets), machine, num_train, has_areas)
-    rate = (
-        measure_speed(config_from_mapping(_scheduled(values, 3, num_train, size.batch))) if measure_speed else math.nan
-    )
+    batch = _batch(size, num_train, machine)
+    trial = config_from_mapping(_scheduled(values, 3, num_train, batch))
+    rate = measure_speed(trial) if measure_speed else math.nan
     per_epoch = (num_train + num_val / 12) / rate  # a validation every few epochs, forward only, flip test
     if epochs is None:
         epochs = size.longest if math.isnan(rate) else int(min(size.longest, max(3, 60 * minutes / per_epoch)))
-    batch = min(size.batch, _least_batch(num_train, machine))
     config = config_from_mapping(_scheduled(values, epochs, num_train, batch))
     steps = epochs * num_train // batch
     reasons = (
@@ -185,10 +184,10 @@ def make_plan(
     return Plan(config=config, reasons=reasons, seconds=epochs * per_epoch, people_per_second=rate)
 
 
-def _least_batch(num_train: int, machine: Machine) -> int:
-    """A batch that a small set fills twenty times, and workers share evenly."""
+def _batch(size: Size, num_train: int, machine: Machine) -> int:
+    """As the size says, less where that would be fewer than twenty steps of an epoch; workers share it evenly."""
     shares = _workers(machine)
-    return max(shares, num_train // 20 // shares * shares)
+    return max(1, min(size.batch, num_train // 20) // shares) * shares
 
 
 def _workers(machine: Machine) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import orjson
 
 from cigpose.dataset.formats.coco import read_coco_labels
+from cigpose.dataset.formats.cvat import read_cvat_labels
+from cigpose.dataset.formats.label_studio import read_label_studio_labels
+from cigpose.dataset.formats.ultralytics import read_ultralytics_labels
 from cigpose.dataset.labels import Labels, complete_people
 from cigpose.files.archives import Extent, ExtentReader, MemberLookup, list_members
 from cigpose.files.errors import DataError
@@ -17,6 +21,7 @@ from cigpose.files.jpeg import is_jpeg, jpeg_size
 
 HEAD = 1 << 16
 """Bytes in which a JPEG says its size, nearly always."""
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 EXPECTED = (
     "Expected COCO-keypoints JSON, a Label Studio export (JSON), CVAT for images (XML), or an Ultralytics data.yaml"
 )
@@ -72,7 +77,9 @@ class Photographs:
         return image
 
 
-def read_labels(path: Path, photographs: Photographs, category: str | None = None) -> Labels:
+def read_labels(
+    path: Path, photographs: Photographs, category: str | None = None, names: Sequence[str] | None = None
+) -> Labels:
     """People, pictures and keypoints of a file of labels, each person with a box and an area.
 
     Pictures that are not there are left out with their people, and told of in `notes`.
@@ -81,6 +88,7 @@ def read_labels(path: Path, photographs: Photographs, category: str | None = Non
         path: of the labels.
         photographs: what they are of.
         category: whose people, where several have keypoints.
+        names: of the keypoints, in the order wanted, where the user says it.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -88,7 +96,7 @@ def read_labels(path: Path, photographs: Photographs, category: str | None = Non
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found. Give the file of your labels.")
-    labels = _read(path, photographs, category)
+    labels = _read(path, photographs, category, names)
     if not labels.people:
         raise DataError(f"{path}: nobody in it has keypoints. Is this the right file?")
     _keep_what_is_there(labels, photographs)
@@ -97,8 +105,18 @@ def read_labels(path: Path, photographs: Photographs, category: str | None = Non
     return labels
 
 
-def _read(path: Path, photographs: Photographs, category: str | None) -> Labels:
-    if path.suffix.lower() != ".json":
+def _read(path: Path, photographs: Photographs, category: str | None, names: Sequence[str] | None) -> Labels:
+    ending = path.suffix.lower()
+    if ending == ".xml":
+        return read_cvat_labels(path, category)
+    if ending in (".yaml", ".yml"):
+        pictures = {
+            name: partial(photographs.size, member)
+            for name, member in photographs.members.items()
+            if PurePosixPath(name).suffix.lower() in PICTURES
+        }
+        return read_ultralytics_labels(path, pictures, category)
+    if ending != ".json":
         raise DataError(f"{path}: not a kind of labels that is known. {EXPECTED}.")
     try:
         document = orjson.loads(path.read_bytes())
@@ -106,6 +124,8 @@ def _read(path: Path, photographs: Photographs, category: str | None) -> Labels:
         raise DataError(f"{path}: not valid JSON ({err}). Export it again.") from err
     if isinstance(document, dict) and "annotations" in document:
         return read_coco_labels(document, str(path), category)
+    if isinstance(document, list) and document and isinstance(document[0], dict) and "annotations" in document[0]:
+        return read_label_studio_labels(document, str(path), names)
     raise DataError(f"{path}: JSON of another kind. {EXPECTED}.")
 
 
