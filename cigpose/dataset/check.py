@@ -22,7 +22,7 @@ from cigpose.dataset.residuals import Residuals
 PRIOR = 0.01
 """How often a kind of fault is taken to happen, before anything is seen of a person."""
 _SECOND_LOOK = 1.0  # log ratio of the whole person being elsewhere from which other pictures are tried
-_MOST_SECOND_LOOKS = 0.1  # share of the people
+_MOST_SECOND_LOOKS = 0.2  # share of the people
 _LIMIT = 0.99
 
 
@@ -104,7 +104,7 @@ def check_labels(
         changes = np.stack([labelled[:, list(repair.keypoints)].any(axis=1) for repair in repairs], axis=1)
         due = np.where(changes, np.where(np.isfinite(due), due, 0) + residuals.repairs(repairs), -np.inf)
         without = np.where(labelled, np.where(np.isfinite(without), without, 0) + residuals.without(), -np.inf)
-        whole = residuals.whole()
+        whole = np.minimum(residuals.whole(), -np.log(residuals.missed))  # it misses some people altogether
         more += _second_look(people, residuals, predict, due)
         notes += _custom_of_sides(people, residuals, repairs)
     elsewhere = {finding.annotation_id for finding in more}
@@ -172,7 +172,7 @@ def _explained(repair: Repair, people: LabelledPeople) -> str:
 
 def _second_look(people: LabelledPeople, residuals: Residuals, predict: Predict, due: np.ndarray) -> list[Finding]:
     """Whoever is not where the labels say: in the mirrored picture, or in the one before or after?"""
-    doubt = np.maximum(residuals.whole(), due.max(axis=1, initial=-np.inf))
+    doubt = residuals.whole() - np.maximum(due.max(axis=1, initial=0), 0)  # which no exchange explains
     rows = np.flatnonzero(doubt > _SECOND_LOOK)
     rows = rows[np.argsort(-doubt[rows], kind="stable")][: max(20, int(_MOST_SECOND_LOOKS * len(people)))]
     best: dict[int, Finding] = {}
