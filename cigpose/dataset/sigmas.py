@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -130,9 +131,9 @@ def repeated_people(labels: OwnLabels, again: OwnLabels | None) -> tuple[np.ndar
     return first, second, np.array([one["area"] for one, _ in pairs], dtype=np.float64)
 
 
-def _same_people(labels: OwnLabels, again: OwnLabels) -> list[tuple[dict, dict]]:  # type: ignore[type-arg]
+def _same_people(labels: OwnLabels, again: OwnLabels) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     names = [{image["id"]: image["file_name"] for image in side.images} for side in (labels, again)]
-    by_picture: dict[str, list[dict]] = {}  # type: ignore[type-arg]
+    by_picture: dict[str, list[dict[str, Any]]] = {}
     for person in again.people:
         by_picture.setdefault(names[1][person["image_id"]], []).append(person)
     pairs = []
