@@ -34,7 +34,7 @@ from pipelines.lineage import content_digest, dvc_hashes, git_revision, shards_d
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-PARAMS = "params.yaml"
+PARAMS, STATE = "params.yaml", "sync.json"
 RECORD = "record"
 """Folder of data/model with a copy of the run's folder."""
 LOCAL = "local-"
@@ -104,7 +104,7 @@ class Run:
     @property
     def run_id(self) -> str:
         """MLflow's id; the run's own, `local-...`, as long as MLflow could not be reached."""
-        return read_facts(self.folder / "sync.json").get("run_id") or self.facts["id"]
+        return read_facts(self.folder / STATE).get("run_id") or self.facts["id"]
 
     def log_record(self, record: Mapping[str, Any]) -> None:
         """Append numbers measured at a step: `kind`, `step`, and a value by name; not two of a kind at a step."""

@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run_without_repeating_steps(
     client = connect(address)
     killed = Run(folder).run_id
     assert client.get_run(killed).info.status == "RUNNING"
-    half = [folder / f".{name}.0badcafe.part" for name in ("run.json", "history.jsonl")]
+    half = [folder / f".{name}.0badcafe.part" for name in ("run.json", "history.jsonl", "sync.json")]
     for path in half:
         path.write_text("{")
     times = {metric.step: metric.timestamp for metric in client.get_metric_history(killed, "train/loss")}
