@@ -21,9 +21,10 @@ from typing import Any
 
 from cigpose.config import Config
 from cigpose.evaluate.labels import open_shards
+from cigpose.files.atomic import claimed
 from cigpose.loader.pixels import check_extra
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
-from pipelines.paths import DATA, SHARDS
+from pipelines.paths import DATA, RUNS, SHARDS
 from pipelines.stage import stage
 from pipelines.tracking.courier import tracked
 from pipelines.training import driver
@@ -52,8 +53,11 @@ def main(config: Config, restart: bool) -> None:
             forget(folder, store)
         if not is_finished(folder, store):
             train_run(config, params, folder, store)
-        for name in OUTPUTS:
-            copy_out(folder / RESULTS / name, DATA / name)
+        with claimed(
+            RUNS / "outputs.lock", "the copying of a training's results", wait=True
+        ):  # other params: another run
+            for name in OUTPUTS:
+                copy_out(folder / RESULTS / name, DATA / name)
         metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
     print(f"{config.name}: best epoch {metrics['best_epoch']} of {metrics['epochs']}")
 

@@ -70,7 +70,8 @@ def description(evaluation: Measurement, decision: Decision | None) -> str:
     """Of a version, in MLflow: the decision, once there is one, and the headline table."""
     head, *rows = measured_rows(evaluation)
     said = [f"**{decision.verdict.replace('_', ' ')}**: {decision.text}", ""] if decision else []
-    return "\n".join([*said, *markdown_table(head, rows), ""])
+    sigmas = ["", f"AP with sigmas {evaluation.sigmas}."] if evaluation.sigmas else []
+    return "\n".join([*said, *markdown_table(head, rows), *sigmas, ""])
 
 
 def comparison(decision: Decision) -> list[str]:
@@ -169,7 +170,8 @@ def model_card(
         "",
         "## Measurement",
         f"On {config.data.val}: {val['images']} images, {val['persons']} persons, {boxes}, flip test "
-        f"{'on' if config.evaluate.flip_test else 'off'}, scored by pycocotools.",
+        f"{'on' if config.evaluate.flip_test else 'off'}, scored by pycocotools with sigmas "
+        f"{evaluation.sigmas or config.keypoint_set.sigmas_origin}.",
         "",
         *markdown_table(head, rows),
         "",
