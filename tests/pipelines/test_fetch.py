@@ -11,6 +11,7 @@ from cigpose.evaluate.calibration import Calibration
 from cigpose.files.digest import sha256_of
 from pipelines import register
 from pipelines.registry import fetch
+from pipelines.registry.versions import RegistryError
 
 
 @pytest.mark.slow  # registers a model, and fetches it in a process of its own
@@ -34,9 +35,9 @@ def test_the_champion_is_loaded_by_its_name_with_its_calibration(
     for address in ("models:/cigpose-quickstart", "models:/cigpose-quickstart/1"):
         assert [fetch.fetch_model(address)] == cached
     for address, sentence in {
-        "models:/cigpose-quickstart@best": "has no version with the alias 'best' of a model 'cigpose-quickstart'",
-        "models:/nobody/3": "has no version 3 of a model 'nobody'",
+        "models:/cigpose-quickstart@best": "cigpose-quickstart has no version best. The newest: 1; aliases: champion.",
+        "models:/nobody/3": "nobody: no model of that name is registered",
         "models:/a/b/c": "expected models:/NAME@ALIAS or models:/NAME/VERSION",
     }.items():
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(RegistryError, match=sentence):
             fetch.fetch_model(address)
