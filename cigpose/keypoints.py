@@ -41,6 +41,8 @@ class KeypointSet:
     """Semantic groups of the HGNN's attention; a keypoint may be in several or none."""
     skeleton: tuple[Edge, ...] = field(default=())
     """Lines to draw; the HGNN's edges where a set has none of its own."""
+    sigmas_origin: str = "given in params.yaml"
+    """Where the sigmas come from, as it stands beside each AP."""
 
     def __post_init__(self) -> None:
         """Refuse a table whose columns do not fit each other."""
@@ -96,14 +98,15 @@ class KeypointSet:
         """A user's own set, as written under `keypoints` in params.yaml.
 
         Args:
-            table: `name`, `names`, `sigmas` and, by choice, `flip_pairs`, `edges` (pairs of names), `groups`, `parts`,
-                `upper_body`, `lower_body` (lists of names). Without `groups` all keypoints are one group; without
-                `edges` consecutive keypoints are joined; without `parts` all are `body`.
+            table: `name`, `names`, `sigmas` and, by choice, `sigmas_origin` (a line of text), `flip_pairs`, `edges`
+                (pairs of names), `groups`, `parts`, `upper_body`, `lower_body` (lists of names). Without `groups` all
+                keypoints are one group; without `edges` consecutive keypoints are joined; without `parts` all are
+                `body`.
 
         Raises:
             ValueError: a key or a name that does not exist, or columns that do not fit each other.
         """
-        known = {"name", "names", "sigmas", "flip_pairs", "edges", "groups", "parts", "upper_body", "lower_body"}
+        known = {field for field in cls.__dataclass_fields__ if field not in ("annotation_fields", "skeleton")}
         if missing := {"name", "names", "sigmas"} - set(table):
             raise ValueError(f"keypoints: {sorted(missing)} missing. A set of your own needs name, names and sigmas.")
         if unknown := set(table) - known:
@@ -137,6 +140,7 @@ class KeypointSet:
             annotation_fields={"keypoints": len(names)},
             upper_body=indices("upper_body", table.get("upper_body", [])),
             lower_body=indices("lower_body", table.get("lower_body", [])),
+            sigmas_origin=str(table.get("sigmas_origin", cls.sigmas_origin)),
         )
 
 
@@ -238,6 +242,7 @@ _WHOLEBODY_EDGES = (
 
 COCO = KeypointSet(
     name="coco",
+    sigmas_origin="published by COCO",
     names=_BODY_NAMES,
     flip_pairs=_BODY_FLIP,
     sigmas=_BODY_SIGMAS,
@@ -251,6 +256,7 @@ COCO = KeypointSet(
 
 COCO_WHOLEBODY = KeypointSet(
     name="coco_wholebody",
+    sigmas_origin="published by COCO-WholeBody",
     names=(
         *_BODY_NAMES,
         *_FOOT_NAMES,
@@ -288,6 +294,7 @@ COCO_WHOLEBODY = KeypointSet(
 
 CROWDPOSE = KeypointSet(
     name="crowdpose",
+    sigmas_origin="published by CrowdPose",
     names=(
         "left_shoulder", "right_shoulder", "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip",
         "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle", "top_head", "neck",

@@ -63,9 +63,9 @@ def main(config: Config) -> None:
     calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
     report.write_metrics_json(metrics, METRICS)
-    metric = evaluation.config.evaluate.metric
+    metric, own = evaluation.config.evaluate.metric, evaluation.config.keypoint_set
     value, speed = evaluation.metrics.get(metric, float("nan")), len(evaluation.predictions) / evaluation.seconds
-    print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second")
+    print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second; sigmas {own.sigmas_origin}")
     print(report.parts_table(metrics), end="")
 
 
@@ -112,10 +112,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        return dict(json.loads(path.read_bytes()))
     except ValueError as err:
         raise ValueError(f"{path}: not valid JSON ({err}). Delete it and run again.") from err
-    return dict(content)
 
 
 def calibrate(evaluation: Evaluation, folder: Path) -> None:
@@ -141,6 +140,7 @@ def protocol(config: Config, evaluation: Evaluation) -> dict[str, object]:
         "boxes": config.evaluate.boxes.replace("_", " "),
         "flip test": "yes" if config.evaluate.flip_test else "no",
         "crop": "{} x {} pixels (width x height)".format(*config.model.input_size),
+        "sigmas of AP": evaluation.config.keypoint_set.sigmas_origin,
         "scores": "box score x mean of the keypoint scores above "
         f"{config.evaluate.keypoint_score_threshold:g}; OKS suppression above {config.evaluate.oks_nms_threshold}",
     }

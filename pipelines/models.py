@@ -157,8 +157,8 @@ def _compare(room: _Room, options: argparse.Namespace) -> tuple[Any, str]:
     from pipelines.registry.gate import Rules
     from pipelines.registry.outcome import text_table
 
-    _, registry, first = room.version(options.first)
-    _, _, second = room.version(options.second)
+    _, _, first = room.version(options.first)
+    _, registry, second = room.version(options.second)
     changes = compared(registry, first, second, Rules.of(room.config))
     names = [f"{version.name} {version.version}" for version in (first, second)]
     head = ["part", "of", *names, "difference", "95 % interval", "known"]

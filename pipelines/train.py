@@ -31,6 +31,7 @@ from pipelines.training import driver
 from pipelines.training.cluster import TrainingError
 from pipelines.training.identity import alone, run_folder, run_params
 from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
+from pipelines.training.start import plan_start, report_start
 from pipelines.training.watch import Watch
 
 
@@ -63,16 +64,20 @@ def main(config: Config, restart: bool) -> None:
 
 def train_run(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
+    start, transfer = plan_start(config)
     folder.mkdir(parents=True, exist_ok=True)
     with tracked(config, folder) as run:
         for context, datasets in (("training", config.data.train), ("validation", (config.data.val,))):
             run.note_inputs([open_shards(config, name, SHARDS).address for name in datasets], context=context)
+        if start is not None and transfer is not None:
+            report_start(run, start, transfer)
         watch = Watch(config, run, SHARDS)
         settings = {
             "root": str(Path.cwd()),
             "run_folder": str(folder),
             "checkpoints": store.address,
             "params": params,
+            "start": start,
             "shown_images": watch.shown_images,
         }
         try:

@@ -33,6 +33,7 @@ MAY_USE = {
     "evaluate": GROUND | {"evaluate", "loader", "model"},
     "train": GROUND | {"train", "evaluate", "loader", "model"},
     "deploy": GROUND | {"deploy", "evaluate", "model"},
+    "dataset": GROUND | {"dataset", "deploy", "evaluate", "loader", "model", "shard.index"},
 }
 """Room, or module on the ground floor -> what it may import of ours; `cli` and `cigpose/__init__` may use all."""
 ROOMS_OF_PIPELINES = {"training", "tracking", "registry", "retraining"}

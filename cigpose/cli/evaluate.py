@@ -109,7 +109,7 @@ def _measure(path: Path, config: Config, options: argparse.Namespace, out: Path 
     from cigpose.evaluate.results import read_coco_results
 
     results = out / "results.json" if out else None
-    how: dict[str, object] = {"dataset": config.data.val}
+    how: dict[str, object] = {"dataset": config.data.val, "sigmas": f"sigmas {config.keypoint_set.sigmas_origin}"}
     if path.suffix == ".json":
         truth = dataset_truth(open_shards(config, config.data.val, options.shards), config)
         scored = read_coco_results(path, truth, config.keypoint_set)

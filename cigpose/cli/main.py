@@ -1,4 +1,4 @@
-"""The `cigpose` command: presets, params.yaml, shards, prediction, export, evaluation, detectors."""
+"""The `cigpose` command: presets, params.yaml, shards, prediction, export, evaluation, detectors, own data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from cigpose.cli import deploy, detectors, evaluate, export, presets, shards
+from cigpose.cli import dataset, deploy, detectors, evaluate, export, presets, shards
 from cigpose.files.addresses import without_credentials
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, more: Sequence[ModuleType] = ()
 def _parser(more: Sequence[ModuleType]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cigpose", description=__doc__)
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (presets, shards, evaluate, deploy, detectors, export, *more):
+    for group in (presets, dataset, shards, evaluate, deploy, detectors, export, *more):
         group.add_parser(subparsers)
     return parser
 

@@ -98,8 +98,21 @@ class Config:
 
     @cached_property
     def keypoint_set(self) -> KeypointSet:
-        """The keypoints this experiment predicts."""
-        return keypoint_set(self.keypoints)
+        """The keypoints this experiment predicts, with the sigmas it is measured by."""
+        keypoints, sigmas = keypoint_set(self.keypoints), self.evaluate.sigmas
+        if sigmas is None:
+            return keypoints
+        if unknown := sorted(sigmas.values.keys() - set(keypoints.names)):
+            raise ValueError(
+                f"evaluate.sigmas.values: {unknown[0]!r} is no keypoint of {keypoints.name!r}: "
+                f"{', '.join(keypoints.names[:20])}."
+            )
+        values = zip(keypoints.names, keypoints.sigmas, strict=True)
+        return dataclasses.replace(
+            keypoints,
+            sigmas=tuple(sigmas.values.get(name, own) for name, own in values),
+            sigmas_origin=sigmas.origin,
+        )
 
     def for_validation(self) -> Config:
         """The same experiment, whose `evaluate` is how epochs are measured while it trains."""
@@ -141,7 +154,8 @@ def config_from_mapping(values: Mapping[str, Any]) -> Config:
     train, evaluate = (values.get(key) if isinstance(values, Mapping) else None for key in ("train", "evaluate"))
     if isinstance(train, Mapping) and "validation" not in train and evaluate is not None:
         protocol = to_mapping(from_mapping(EvaluateConfig, evaluate, "evaluate"))
-        del protocol["batch"]
+        for of_the_finished_model in ("batch", "sigmas"):
+            del protocol[of_the_finished_model]
         values = {**values, "train": {**train, "validation": protocol}}
     return from_mapping(Config, values)
 

@@ -74,11 +74,27 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SigmasConfig:
+    """OKS sigmas in place of those of `keypoints`."""
+
+    origin: str
+    """Where they come from; stands beside each AP."""
+    values: dict[str, float]
+    """Keypoint -> sigma; keypoints that are not here keep theirs."""
+
+    def __post_init__(self) -> None:
+        for name, sigma in self.values.items():
+            require(0 < sigma <= 10, f"values.{name} must be more than 0 and at most 10, got {sigma}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(ProtocolConfig):
     """How the finished model is measured."""
 
     batch: int = field(default=32, metadata=HOW)
     """Persons per forward pass; in validation at least a training worker's share."""
+    sigmas: SigmasConfig | None = None
+    """OKS sigmas in place of those of `keypoints`, which retrain nothing (`cigpose dataset sigmas`)."""
 
     def __post_init__(self) -> None:
         ProtocolConfig.__post_init__(self)

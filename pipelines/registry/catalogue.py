@@ -69,11 +69,13 @@ def version_facts(client: MlflowClient, config: Config, version: ModelVersion, m
 
 
 def compared(registry: Registry, first: ModelVersion, second: ModelVersion, rules: Rules) -> list[Change]:
-    """Every part of the second version beside the first's.
+    """Every part of the second version, one of `registry`'s, beside the first's, which may be of another model.
 
     Raises:
-        RegistryError: they were not measured by the same protocol on the same people.
+        RegistryError: they are one version, or were not measured by the same protocol on the same people.
     """
+    if (first.name, first.version) == (second.name, second.version):
+        raise RegistryError(f"{first.name}: both are version {first.version}. Name another one.")
     theirs, ours = (Measurement.from_tags(version.tags) for version in (first, second))
     if not ours.metrics or not theirs.metrics:
         nameless = first if not theirs.metrics else second

@@ -43,12 +43,8 @@ def fetch_model(address: str, cache: Path | None = None) -> Path:
         ValueError: it is no such address, there is no such version, or what was fetched is not what was registered.
         OSError: the registry does not answer.
     """
-    asked = _ADDRESS.fullmatch(address)
-    if not asked:
-        raise ValueError(f"{address}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
     where = _registry()
-    client, place = connect(where), without_credentials(where)
-    version = _version(client, asked["name"], asked["version"], asked["alias"] or CHAMPION, place)
+    place, version = without_credentials(where), _asked_version(address, where)
     identity = f"{place} {version.name} {version.version} {version.source} {version.creation_timestamp}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = (cache or Path(platformdirs.user_cache_dir("cigpose")) / "models") / f"{version.name}-{key}"
@@ -59,6 +55,25 @@ def fetch_model(address: str, cache: Path | None = None) -> Path:
             with written_folder(folder) as part:
                 _download(version, part, address)
     return folder / WEIGHTS
+
+
+def resolve_version(address: str) -> str:
+    """The address models:/NAME/VERSION of what an address means now, as its alias may mean another version tomorrow.
+
+    Raises:
+        ValueError: it is no such address, or there is no such version.
+        OSError: the registry does not answer.
+    """
+    version = _asked_version(address, _registry())
+    return f"models:/{version.name}/{version.version}"
+
+
+def _asked_version(address: str, registry: str) -> ModelVersion:
+    asked = _ADDRESS.fullmatch(address)
+    if not asked:
+        raise ValueError(f"{address}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
+    alias = asked["alias"] or CHAMPION
+    return _version(connect(registry), asked["name"], asked["version"], alias, without_credentials(registry))
 
 
 def _registry() -> str:

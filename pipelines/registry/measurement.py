@@ -49,6 +49,8 @@ class Measurement:
     """Part -> share of its AP that is left on spoilt pictures."""
     matches: str | None = None
     """Where among the artifacts of the version's run its `MatchTables` are."""
+    sigmas: str = ""
+    """Where the sigmas of its AP come from; empty for versions of before that was kept."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -60,6 +62,7 @@ class Measurement:
             "intervals": {part: [round(end, DECIMALS) for end in ends] for part, ends in self.intervals.items()},
             "robustness": {part: list(estimate) for part, estimate in self.robustness.items()},
             "matches": self.matches,
+            **({"sigmas": self.sigmas} if self.sigmas else {}),
         }
 
     @classmethod
@@ -72,6 +75,7 @@ class Measurement:
             intervals={part: (low, high) for part, (low, high) in values.get("intervals", {}).items()},
             robustness={part: (value, low, high) for part, (value, low, high) in values.get("robustness", {}).items()},
             matches=values.get("matches"),
+            sigmas=str(values.get("sigmas", "")),
         )
 
     def tags(self) -> dict[str, str]:
@@ -87,7 +91,7 @@ class Measurement:
 def protocol_of(config: Config) -> str:
     """The evaluation protocol as JSON: settings that change figures, not those that change speed."""
     evaluate = config.to_mapping()["evaluate"]
-    settings = {name: value for name, value in evaluate.items() if name not in ("batch", "metric")}
+    settings = {name: value for name, value in evaluate.items() if name not in ("batch", "metric", "sigmas")}
     keypoints = config.keypoint_set
     table = [keypoints.names, keypoints.sigmas, {part: list(index) for part, index in keypoints.parts.items()}]
     return json.dumps(settings | {"keypoints": keypoints.name, "keypoint_table": digest_of(table)}, sort_keys=True)
@@ -107,7 +111,11 @@ def write_measurement(evaluation: Evaluation, metrics: Mapping[str, float], fold
     tables = MatchTables.of(evaluation)
     tables.save(folder / MATCHES)
     measurement = Measurement(
-        metrics=metrics, data=facts["content"], protocol=protocol_of(config), intervals=tables.intervals()
+        metrics=metrics,
+        data=facts["content"],
+        protocol=protocol_of(config),
+        intervals=tables.intervals(),
+        sigmas=config.keypoint_set.sigmas_origin,
     )
     dataset = {"name": config.data.val, **facts}
     write_json(folder / MEASUREMENT, {"dataset": dataset, **measurement.to_json()})

@@ -25,6 +25,7 @@ from pipelines.lineage import dataset_facts, git_revision
 from pipelines.paths import SHARDS
 from pipelines.tracking.run import RECORD, Run
 from pipelines.training import curves
+from pipelines.training.start import start_facts
 
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 RESULTS, DONE, CURVES = "results", "DONE", "curves.svg"
@@ -44,6 +45,7 @@ def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore
         "learning_rate": config.train.resolved_learning_rate,
         "git_revision": git_revision(),
         "datasets": {name: dataset_facts(config, name, SHARDS) for name in (*config.data.train, config.data.val)},
+        **start_facts(run),
     }
     for target in (folder, run.folder / CURVES):
         clear_leftovers(target)

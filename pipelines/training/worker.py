@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -20,7 +21,7 @@ from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.divergence import NonFiniteLossError
 from cigpose.train.loop import train
-from cigpose.train.place import Place
+from cigpose.train.place import Place, StartingModel
 from cigpose.train.state import TrainState
 from pipelines.training.cluster import TrainingError, refuse_other_folder
 
@@ -86,6 +87,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
             root=root,
             store=CheckpointStore(settings["checkpoints"], config.train.checkpoint.keep),
             params=settings["params"],
+            start=_received(settings["start"]),
         )
         result = train(config, place, messenger)
         return result if rank == 0 else None
@@ -94,6 +96,16 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
         if message is not None:
             messenger.send("failed", message=message)
         raise
+
+
+def _received(sent: dict[str, Any] | None) -> StartingModel | None:
+    """What `pipelines.training.driver` sent of the network to start from; its bytes come when they are asked for."""
+    if sent is None:
+        return None
+    config = config_from_mapping(sent["config"]) if sent["config"] else None
+    return StartingModel(
+        read=lambda: ray.get(sent["content"]), config=config, where=sent["where"], sha256=sent["sha256"]
+    )
 
 
 def explain(err: Exception, params: dict[str, Any]) -> str | None:

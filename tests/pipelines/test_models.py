@@ -73,6 +73,18 @@ def test_versions_are_listed_shown_and_compared(add, client, capsys) -> None:
     ]
 
 
+def test_versions_of_two_models_are_compared_whatever_their_numbers(add, client, capsys) -> None:
+    add(whole=0.5)
+    Registry(client, "other").ensure("")
+    theirs = Measurement(metrics={"whole/AP": 0.4}, data="d", protocol="{}", intervals={})
+    client.create_model_version("other", "s3://nowhere/model", tags=theirs.tags())
+    assert main(["models", "compare", "models:/other/1", "champion", "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    (change,) = compared["changes"]
+    assert (compared["first"], compared["second"]) == ("other 1", f"{MODEL} 1")
+    assert (change["theirs"], change["ours"], change["how"]) == (0.4, 0.5, "figures")
+
+
 def test_a_version_is_promoted_with_the_gate_or_against_it_and_rolled_back(add, client, capsys) -> None:
     for whole, hand in ((0.5, 0.4), (0.6, 0.4), (0.7, 0.3), (-1.0, 0.0)):
         add(whole=whole, left_hand=hand)
@@ -103,7 +115,8 @@ def test_a_version_is_promoted_with_the_gate_or_against_it_and_rolled_back(add, 
     ("arguments", "code", "said"),
     [
         (["show", "9"], 1, "has no version 9"),
-        (["show", "nobody"], 1, "has no version nobody"),
+        (["show", "nobody"], 1, "has no version nobody. The newest: 1; aliases: champion."),
+        (["compare", "1", "champion"], 1, "both are version 1"),
         (["list", "--name", "other"], 1, "no model of that name is registered"),
         (["list", "--params", "none.yaml"], 1, "none.yaml: not found"),
         (["pull", "models:/x", "DIR"], 1, "expected models:/NAME@ALIAS or models:/NAME/VERSION"),

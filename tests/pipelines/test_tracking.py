@@ -404,6 +404,15 @@ def test_a_run_is_named_by_its_preset_and_what_differs_from_it() -> None:
     assert run_name(config_from_mapping(values)) == "mine"
 
 
+def test_a_runs_name_says_whose_number_it_is_where_several_have_one_of_that_name() -> None:
+    values = load_preset("quickstart").to_mapping()
+    values["data"]["render"]["rendered-train"]["num_images"] = 800
+    values["data"]["render"]["rendered-val"]["num_images"] = 60
+    values["robustness"]["enabled"] = True  # train.ema.enabled is another
+    named = "quickstart, rendered-train.num_images 800, rendered-val.num_images 60, robustness.enabled true"
+    assert run_name(config_from_mapping(values)) == named
+
+
 @pytest.mark.parametrize(
     ("address", "page"),
     [("sqlite:////a/mlflow.db", "http://127.0.0.1:5001/#/"), ("http://me:pass@host:1/sub/", "http://host:1/sub/#/")],
