@@ -50,7 +50,7 @@ from pipelines.registry.measurement import write_measurement
 from pipelines.stage import stage
 
 
-@stage("evaluate")
+@stage("evaluate", writes=(REPORT, METRICS, PARTS_PLOT))
 def main(config: Config) -> None:
     """Evaluate the trained model."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
