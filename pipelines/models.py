@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ def _run(command: Callable[[_Room, argparse.Namespace], Any], options: argparse.
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     be_impatient()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # of two hundred small files
     try:
         answer = command(_Room(options), options)
     except (RegistryError, MlflowException, ValueError, OSError) as err:
@@ -157,8 +159,8 @@ def _compare(room: _Room, options: argparse.Namespace) -> tuple[Any, str]:
     from pipelines.registry.gate import Rules
     from pipelines.registry.outcome import text_table
 
-    _, registry, first = room.version(options.first)
-    _, _, second = room.version(options.second)
+    _, _, first = room.version(options.first)
+    _, registry, second = room.version(options.second)
     changes = compared(registry, first, second, Rules.of(room.config))
     names = [f"{version.name} {version.version}" for version in (first, second)]
     head = ["part", "of", *names, "difference", "95 % interval", "known"]

@@ -21,15 +21,17 @@ from typing import Any
 
 from cigpose.config import Config
 from cigpose.evaluate.labels import open_shards
+from cigpose.files.atomic import claimed
 from cigpose.loader.pixels import check_extra
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
-from pipelines.paths import DATA, SHARDS
+from pipelines.paths import DATA, RUNS, SHARDS
 from pipelines.stage import stage
 from pipelines.tracking.courier import tracked
 from pipelines.training import driver
 from pipelines.training.cluster import TrainingError
 from pipelines.training.identity import alone, run_folder, run_params
 from pipelines.training.results import OUTPUTS, RESULTS, copy_out, forget, is_finished, seal, write_outputs
+from pipelines.training.start import plan_start, report_start
 from pipelines.training.watch import Watch
 
 
@@ -51,24 +53,31 @@ def main(config: Config, restart: bool) -> None:
             forget(folder, store)
         if not is_finished(folder, store):
             train_run(config, params, folder, store)
-        for name in OUTPUTS:
-            copy_out(folder / RESULTS / name, DATA / name)
+        with claimed(
+            RUNS / "outputs.lock", "the copying of a training's results", wait=True
+        ):  # other params: another run
+            for name in OUTPUTS:
+                copy_out(folder / RESULTS / name, DATA / name)
         metrics = json.loads((folder / RESULTS / "metrics/train.json").read_text(encoding="utf-8"))
     print(f"{config.name}: best epoch {metrics['best_epoch']} of {metrics['epochs']}")
 
 
 def train_run(config: Config, params: dict[str, Any], folder: Path, store: CheckpointStore) -> None:
     """Train to the end and leave the outputs in `folder`/results."""
+    start, transfer = plan_start(config)
     folder.mkdir(parents=True, exist_ok=True)
     with tracked(config, folder) as run:
         for context, datasets in (("training", config.data.train), ("validation", (config.data.val,))):
             run.note_inputs([open_shards(config, name, SHARDS).address for name in datasets], context=context)
+        if start is not None and transfer is not None:
+            report_start(run, start, transfer)
         watch = Watch(config, run, SHARDS)
         settings = {
             "root": str(Path.cwd()),
             "run_folder": str(folder),
             "checkpoints": store.address,
             "params": params,
+            "start": start,
             "shown_images": watch.shown_images,
         }
         try:

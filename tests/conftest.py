@@ -24,7 +24,15 @@ pytest_plugins = ["postgres", "scripted_host", "sharder", "tiny_shards"]  # fixt
 ROOT = Path(__file__).resolve().parents[1]
 
 
-LONGEST = ("test_end_to_end", "test_train_stage", "test_retrain", "test_sample", "test_registry", "test_stages")
+LONGEST = (
+    "test_end_to_end",
+    "test_train_stage",
+    "test_retrain",
+    "test_real_people",
+    "test_sample",
+    "test_registry",
+    "test_stages",
+)
 """Files that take minutes, the longest first; then those with the most slow tests."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from cigpose.config import Config, load_preset
 
 if TYPE_CHECKING:  # torch: only where it is needed
     from cigpose.deploy.boxes import BoxFile
+    from cigpose.deploy.media import Outcome
     from cigpose.deploy.predictor import Predictor
     from cigpose.deploy.results import Results
     from cigpose.deploy.sources import Media
@@ -178,13 +179,24 @@ def _predict_all(
         print(f"cigpose: {sentence}", file=sys.stderr)
     for note in _notes(options, predictor):
         print(f"cigpose: note: {note}", file=sys.stderr)
+    print(f"{utf8(results.path)}: {_summary(outcomes, len(skipped))}")
+    return 1 if skipped else 0
+
+
+def _summary(outcomes: Sequence[Outcome], problems: int) -> str:
+    """`3 persons in 1 picture and 20 frames, 5 of them done before; 1 problem`."""
     frames = sum(outcome.frames for outcome in outcomes)
     pictures = sum(len(outcome.done) for outcome in outcomes if not outcome.frames)
-    print(
-        f"{utf8(results.path)}: {sum(outcome.persons for outcome in outcomes)} persons in {pictures} pictures and "
-        f"{frames} frames, {sum(outcome.before for outcome in outcomes)} of them done before; {len(skipped)} problems"
-    )
-    return 1 if skipped else 0
+    before = sum(outcome.before for outcome in outcomes)
+    places = [_counted(pictures, "picture")] if pictures or not frames else []
+    places += [_counted(frames, "frame")] if frames else []
+    text = f"{_counted(sum(outcome.persons for outcome in outcomes), 'person')} in {' and '.join(places)}"
+    text += f", {before} of them done before" if before else ""
+    return text + (f"; {_counted(problems, 'problem')}" if problems else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _notes(options: argparse.Namespace, predictor: Predictor) -> Iterator[str]:

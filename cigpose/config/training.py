@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cigpose.config.outcome import ProtocolConfig
-from cigpose.config.schema import ADDRESS, HOW, LARGEST, require, require_between
+from cigpose.config.schema import ADDRESS, HOW, LARGEST, affects, require, require_between, require_name
+from cigpose.files.addresses import file_name_of, is_remote
 from cigpose.files.errors import shown
 
 LONGEST = 100_000
@@ -112,12 +113,17 @@ class OptimizerConfig:
     """Not applied to normalisation layers and biases."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad_norm: float | None = 35.0
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)
+    """Part of the network, as `backbone` or `head.gau` -> factor on its rate; 0 freezes it. The innermost counts."""
 
     def __post_init__(self) -> None:
         require_between(self, 0, 1e38, "learning_rate", "clip_grad_norm", positive=True)
         require_between(self, 1, LARGEST, "learning_rate_batch")
         require_between(self, 0, 1_000_000, "weight_decay")
         require(all(0 <= beta < 1 for beta in self.betas), f"betas must be 0 or more and below 1, got {self.betas}.")
+        for part, factor in self.learning_rate_factors.items():
+            where = f"learning_rate_factors.{part}"
+            require(0 <= factor <= 1_000_000, f"{where} must be between 0 and 1000000, got {shown(factor)}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +212,8 @@ class ClusterConfig:
 class TrainConfig:
     """The training run."""
 
+    start_from: str | None = field(default=None, metadata=ADDRESS | affects("pretrained"))
+    """Model that gives the first weights where they fit: a file, a folder, models:/NAME@ALIAS, or an address."""
     epochs: int
     batch_total: int
     """Persons per optimiser step, over all workers and accumulation steps."""
@@ -233,6 +241,10 @@ class TrainConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
+        if self.start_from is not None:
+            require(self.start_from != "", "start_from must name a model, or be null.")
+            if is_remote(self.start_from):
+                require_name(file_name_of(self.start_from), "start_from", "name")
         require_between(self, 1, LONGEST, "epochs")
         require_between(self, 1, 1_000_000, "batch_total", "loss_batch", "accumulate_steps")
         require_between(self, 1, LARGEST, "validate_every_epochs", "log_every_steps")

@@ -21,17 +21,16 @@ from cigpose.evaluate.diagnosis import KINDS, Diagnosis, diagnose, side_confusio
 from cigpose.evaluate.gallery import choose_persons, image_tile, person_tile
 from cigpose.evaluate.groups import Group, measure_groups
 from cigpose.evaluate.interventions import intervened_keypoints
-from cigpose.evaluate.matches import Matches, resampled_images
+from cigpose.evaluate.matches import Matches
 from cigpose.evaluate.report import nested, pck
 from cigpose.evaluate.robustness import Robustness
+from cigpose.evaluate.tables import SAMPLES, MatchTables
 from cigpose.files import atomic
 from cigpose.keypoints import KeypointSet, parts_with_whole
 from cigpose.loader.shards import ShardSet
 from cigpose.model.complexity import complexity
 
 TEMPLATE = "report.html.j2"
-SAMPLES = 200
-"""Of the bootstrap."""
 PERSONS_OF_A_KIND = 4
 LARGEST_PICTURES = 2_500_000
 """Bytes of sample pictures in the page; further ones are in the folder of the contact sheets alone."""
@@ -79,7 +78,7 @@ def write_page(
     headline = config.evaluate.metric.partition("/")[0]
     main = parts.get(headline) or parts[list(parts)[-1]]
     diagnosis = diagnose(scored, truth, keypoints)
-    intervals = _intervals(parts)
+    intervals = _intervals(MatchTables(images=np.array(sorted(truth.images)), parts=parts))
     text = _template().render(
         title=config.name,
         dataset=config.data.val,
@@ -137,14 +136,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _intervals(parts: Mapping[str, Matches]) -> dict[str, tuple[float, float, float]]:
-    """Part -> AP, low, high, of the parts somebody has; every part is measured on the same resampled images."""
-    found = {}
-    for part, matches in parts.items():
-        if matches.num_truths.any():
-            draws = resampled_images(matches.num_images, SAMPLES)
-            found[part] = (matches.average_precision(), *matches.interval(draws))
-    return found
+def _intervals(tables: MatchTables) -> dict[str, tuple[float, float, float]]:
+    """Part -> AP, low, high, of the parts somebody has."""
+    return {part: (tables.parts[part].average_precision(), *ends) for part, ends in tables.intervals().items()}
 
 
 def _tiles(evaluation: Evaluation, intervals: Mapping[str, tuple[float, float, float]]) -> list[dict[str, str]]:

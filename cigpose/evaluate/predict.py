@@ -45,7 +45,7 @@ def predict(
     Returns: all persons, in the order of the shards where the batches say their `number`; empty if there are none.
     """
     flip_index = torch.as_tensor(keypoint_set.flip_index, device=device) if flip_test else None
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]  # not all: parts may be frozen
     model.eval()
     parts: list[Predictions] = []
     numbers: list[np.ndarray] = []
@@ -56,7 +56,8 @@ def predict(
             if progress is not None:
                 progress(len(parts[-1]))
     finally:
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
     if not parts:
         return Predictions.empty(len(keypoint_set))
     predictions = Predictions.concatenate(parts)

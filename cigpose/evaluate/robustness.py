@@ -154,10 +154,10 @@ def measure_robustness(
     """
     options = config.robustness
     shards = open_shards(config, config.data.val, shards_root)
-    share = _share(shards, config)
+    people, share = _drawn_people(shards, config)
     truth = dataset_truth(shards, config)
     truth = truth.restrict([image_id for image_id in truth.images if _is_drawn(image_id, share)])
-    found = _predict_versions(model, config, shards_root, device, share)
+    found = _predict_versions(model, config, shards_root, device, share, about=people)
     if not len(found[_CLEAN]):
         raise ValueError(f"{shards.address}: none of its people is drawn. Set a larger robustness.persons.")
     draws = resampled_images(len(truth.images), options.samples)
@@ -178,12 +178,12 @@ def measure_robustness(
     )
 
 
-def _share(shards: ShardSet, config: Config) -> float:
-    """Of the pictures that are looked at."""
+def _drawn_people(shards: ShardSet, config: Config) -> tuple[int, float]:
+    """About how many people are looked at, and the share of the pictures that are."""
     is_detected = config.evaluate.boxes == "detections"
     people = shards.index.detections if is_detected else shards.index.persons
-    wanted = config.robustness.persons
-    return 1.0 if wanted is None else wanted / max(people, 1)
+    wanted = people if config.robustness.persons is None else min(config.robustness.persons, people)
+    return wanted, wanted / max(people, 1)
 
 
 def _is_drawn(image_id: int, share: float) -> bool:
@@ -192,7 +192,7 @@ def _is_drawn(image_id: int, share: float) -> bool:
 
 
 def _predict_versions(
-    model: nn.Module, config: Config, root: Path, device: torch.device | str, share: float
+    model: nn.Module, config: Config, root: Path, device: torch.device | str, share: float, about: int
 ) -> dict[Version, Predictions]:
     """Predictions of every version; pictures are decoded once for all corruptions of crops, and once per shift."""
     options, keypoints = config.robustness, config.keypoint_set
@@ -206,7 +206,7 @@ def _predict_versions(
         rows[version].append(predict(model, [batch], keypoints, device=device, flip_test=flip_test))
         bar.update(len(batch["keys"]))
 
-    with progress(total=None, desc="robustness", unit="person") as bar:
+    with progress(total=about * len(rows), desc="robustness", unit="prediction") as bar:
         for batch in _drawn(eval_loader(config, config.data.val, rank=0, world=1, root=root), share):
             add(_CLEAN, batch)
             for version in itertools.product(of_crops, options.severities):

@@ -119,6 +119,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return _tensors_of(_unpickle(path), path)
 
 
+def state_dict_of(content: bytes, source: str | Path) -> dict[str, Tensor]:
+    """The weights in the bytes of a safetensors file, on the CPU.
+
+    Args:
+        content: the whole file.
+        source: where it comes from, for messages.
+
+    Raises:
+        WeightsError: damaged, or no such file.
+    """
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as err:
+        raise WeightsError(f"{source}: not a whole safetensors file ({err}). Copy or make it again.") from err
+
+
 def _expected(path: Path) -> str:
     return "a safetensors file" if path.suffix == ".safetensors" else "a torch checkpoint"
 

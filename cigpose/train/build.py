@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cigpose.config import Config
 from cigpose.files.addresses import file_name_of, is_remote, without_credentials
@@ -18,10 +19,12 @@ from cigpose.files.errors import DataError
 from cigpose.files.objects import fetch_object
 from cigpose.model.estimator import build_model
 from cigpose.model.hgnn import EdgeConv
-from cigpose.model.weights import load_backbone
+from cigpose.model.transfer import start_from
+from cigpose.model.weights import load_backbone, state_dict_of
 from cigpose.train import workers
 from cigpose.train.batch_norm import synchronize_batch_norm
-from cigpose.train.optim import EMA, build_optimizer
+from cigpose.train.optim import EMA, build_optimizer, freeze_parts
+from cigpose.train.place import StartingModel
 from cigpose.train.state import TrainState, seed_everything
 from cigpose.train.step import Losses, resolved_precision
 
@@ -30,7 +33,13 @@ LARGEST_WEIGHTS = 16 << 30
 
 
 def build_state(
-    config: Config, *, rank: int, device: torch.device, root: Path, pretrained: str | None = None
+    config: Config,
+    *,
+    rank: int,
+    device: torch.device,
+    root: Path,
+    pretrained: str | None = None,
+    start: StartingModel | None = None,
 ) -> TrainState:
     """The state before the first step; equal on all workers but for their random generators.
 
@@ -41,16 +50,20 @@ def build_state(
         root: folder of params.yaml; `model.backbone.pretrained` lies in data/raw/pretrained below it. Where it does
             not, as on another node, and is an address, rank 0 fetches it.
         pretrained: sha256 of these weights, if known.
+        start: the network whose weights are taken where they fit, in place of the backbone's first ones too.
 
     Raises:
         FileNotFoundError: the pretrained weights are not there.
-        DataError: those at the address are others by now.
+        DataError: those at the address, or of the network to start from, are others by now.
+        WeightsError: weights that do not fit.
     """
     seed_everything(config.seed, rank=0)  # the same first weights on every worker
     model = build_model(config)
     if config.model.backbone.pretrained and rank == 0:
         with _pretrained_file(config, root, pretrained) as path:
             load_backbone(model, path)
+    if start is not None and rank == 0:
+        start_from(model, _starting_weights(start), config, start.config, start.where)
     model = model.to(device)
     workers.copy_rank_0([model])
     state = state_around(model, config, device)
@@ -61,6 +74,7 @@ def build_state(
 def state_around(model: nn.Module, config: Config, device: torch.device) -> TrainState:
     """The state of a training that starts from `model`, which is on `device`."""
     train = config.train
+    freeze_parts(model, train.optimizer.learning_rate_factors)
     torch.backends.cudnn.benchmark = train.cudnn_benchmark
     if train.channels_last:
         to_channels_last(model)
@@ -124,6 +138,16 @@ def _pretrained_file(config: Config, root: Path, sha256: str | None) -> Iterator
         target = Path(scratch) / path.name
         fetch_object(address, target, LARGEST_WEIGHTS, check)
         yield target
+
+
+def _starting_weights(start: StartingModel) -> dict[str, Tensor]:
+    content = start.read()
+    if (found := hashlib.sha256(content).hexdigest()) != start.sha256:
+        raise DataError(
+            f"{start.where}: sha256 is {found[:12]}..., the weights that the run began with have {start.sha256}. "
+            "`dvc repro --force pretrained` fetches them anew; other first weights are another run."
+        )
+    return state_dict_of(content, start.where)
 
 
 def for_world(config: Config, world: int) -> Config:

@@ -61,6 +61,7 @@ class _Training:
             device=place.device,
             root=place.root,
             pretrained=place.params.get("pretrained.sha256"),
+            start=place.start,
         )
         self.resumed = self._restore()
         self.loader = TrainLoader(config, rank=place.rank, world=place.world, root=place.shards)

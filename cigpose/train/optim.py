@@ -7,7 +7,9 @@ Each follows the original training (MMEngine's AdamW with `norm_decay_mult=0, bi
 from __future__ import annotations
 
 import copy
+import difflib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,20 @@ from cigpose.config import EMAConfig, OptimizerConfig, ScheduleConfig
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters of `model` with and without weight decay.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, factors: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Parameters of `model` with and without weight decay, for each factor on the learning rate.
 
     Normalisation layers of torch and everything whose name ends in `bias` do not decay; gains, scales and embeddings
     of the head's own blocks do. Parameters with `requires_grad` False are left out. A shared parameter counts once.
 
-    Returns: two groups, `decay` and `no_decay`, each with `params`, `weight_decay`, `name`.
+    Args:
+        model: the network.
+        weight_decay: of the first group.
+        factors: part of the network -> factor on its rate (see `factor_of`).
+
+    Returns: two groups a factor, `decay` and `no_decay`, each with `params`, `weight_decay`, `name`, `factor`.
     """
     exempt = {
         id(parameter)
@@ -33,16 +42,58 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, NORMALISATIONS) or name.endswith("bias")
     }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay, "name": "decay"},
-        {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0, "name": "no_decay"},
-    ]
+    trained = [(factor_of(name, factors or {}), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for factor in dict.fromkeys(factor for factor, _ in trained):
+        decay = [p for own, p in trained if own == factor and id(p) not in exempt]
+        no_decay = [p for own, p in trained if own == factor and id(p) in exempt]
+        groups += [
+            {"params": decay, "weight_decay": weight_decay, "name": "decay", "factor": factor},
+            {"params": no_decay, "weight_decay": 0.0, "name": "no_decay", "factor": factor},
+        ]
+    return groups
+
+
+def factor_of(name: str, factors: Mapping[str, float]) -> float:
+    """Factor on the learning rate of a parameter or module: that of the innermost part it lies in, 1 outside of all."""
+    parts = [part for part in factors if f"{name}.".startswith(f"{part}.")]
+    return factors[max(parts, key=len)] if parts else 1.0
+
+
+def refuse_unknown_parts(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """See that the parts which `train.optimizer.learning_rate_factors` names exist, and that something is trained.
+
+    Raises:
+        ValueError: a part is none of the network's modules, or every parameter is frozen.
+    """
+    where = "train.optimizer.learning_rate_factors"
+    known = [name for name, _ in model.named_modules() if name]
+    for part in factors:
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else "Parts are modules, such as backbone, backbone.stem, head."
+            raise ValueError(f"{where}: the network has no part {part!r}. {hint}")
+    if not any(p.requires_grad and factor_of(name, factors) > 0 for name, p in model.named_parameters()):
+        raise ValueError(f"{where}: everything is frozen. Give a part that is to be trained a factor above 0.")
+
+
+def freeze_parts(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """Take the parts of factor 0 out of the training.
+
+    They get no gradient, and their batch norms stay in evaluation mode: with statistics that go on moving, a part whose
+    weights rest would not. Nothing else of them is put into evaluation mode, in which the intervention is another.
+    """
+    for name, parameter in model.named_parameters():
+        if factor_of(name, factors) == 0:
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, NORMALISATIONS) and factor_of(name, factors) == 0:
+            module.eval()
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters of `model`; its rate is set before every step from `learning_rates`."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.learning_rate_factors)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
@@ -86,9 +137,9 @@ def _cosine_step(rate: float, final: float, step: int, length: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Make `rate` the rate of every parameter group."""
+    """Make `rate` the rate of every parameter group, times its factor if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
 
 
 class EMA:

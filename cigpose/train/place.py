@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cigpose.config import Config
 from cigpose.evaluate.predictions import Predictions
 from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.state import TrainState
@@ -36,6 +38,23 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartingModel:
+    """The network whose weights a training takes where they fit (`cigpose.model.transfer`).
+
+    Attributes:
+        read: gives the bytes of its safetensors file; called on rank 0.
+        config: the experiment it comes from; None if not known.
+        where: where it comes from, for messages.
+        sha256: of the file.
+    """
+
+    read: Callable[[], bytes]
+    config: Config | None
+    where: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Where a worker runs and what it reads and writes.
 
@@ -46,6 +65,7 @@ class Place:
         root: folder of params.yaml; pretrained weights are in data/raw/pretrained below it.
         store: the run's checkpoints.
         params: what must not change while the run is under way (`influential_params`).
+        start: the network to start from, if there is one.
     """
 
     rank: int
@@ -55,3 +75,4 @@ class Place:
     root: Path
     store: CheckpointStore
     params: dict[str, Any]
+    start: StartingModel | None = None

@@ -164,7 +164,9 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(mixed)
 
 
-def influential_params(config: Config, shards: Mapping[str, str], pretrained: str | None = None) -> dict[str, Any]:
+def influential_params(
+    config: Config, shards: Mapping[str, str], pretrained: str | None = None, start: str | None = None
+) -> dict[str, Any]:
     """What the result of a training depends on, and what must not change while it is under way: `{path: value}`.
 
     An address, which may hold a password, is not kept: digests stand for what lies there.
@@ -173,11 +175,15 @@ def influential_params(config: Config, shards: Mapping[str, str], pretrained: st
         config: the experiment.
         shards: dataset -> digest of its shards, for the datasets trained and validated on.
         pretrained: digest of the backbone's first weights; None if it starts from random ones.
+        start: digest of the network that it starts from; None if there is none.
     """
     addresses = field_marks(Config, "public")
     params = {path: value for path, value in config.params_of("train").items() if not nearest_mark(path, addresses)}
+    if not config.train.optimizer.learning_rate_factors:  # which runs of before do not know
+        del params["train.optimizer.learning_rate_factors"]
     params |= {f"shards.{name}": digest for name, digest in shards.items()}
-    return params if pretrained is None else params | {"pretrained.sha256": pretrained}
+    first = {"pretrained.sha256": pretrained, "start_from.sha256": start}
+    return params | {name: digest for name, digest in first.items() if digest is not None}
 
 
 def refuse_changed_params(saved: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:

@@ -16,7 +16,7 @@ UNKNOWN = "data from elsewhere: ask whoever wrote the shards"
 
 
 def licences(config: Config) -> dict[str, list[str]]:
-    """Dataset, or `pretrained weights` -> terms of what it is made of, each once."""
+    """Dataset, `pretrained weights`, `start` (a model started from) -> terms of what it is made of, each once."""
     found = {}
     for name in dict.fromkeys((*config.data.train, config.data.val)):
         dataset = config.data.datasets.get(name)
@@ -24,8 +24,9 @@ def licences(config: Config) -> dict[str, list[str]]:
         files = config.data.download.sources.get(raw, ()) if raw else ()
         terms = [TABLE[file].licence for file in files if file in TABLE]
         found[name] = list(dict.fromkeys(terms)) or [RENDERED if raw in config.data.render else UNKNOWN]
-    if file := config.model.backbone.pretrained:
-        found["pretrained weights"] = [TABLE[file].licence if file in TABLE else UNKNOWN]
+    for what, file in (("pretrained weights", config.model.backbone.pretrained), ("start", config.train.start_from)):
+        if file:
+            found[what] = [TABLE[file].licence if file in TABLE else UNKNOWN]
     return found
 
 
@@ -154,6 +155,7 @@ def model_card(
     head, *rows = measured_rows(evaluation)
     protocol = json.loads(evaluation.protocol)
     val = lineage["datasets"][config.data.val]
+    start = run.get("start_from")
     boxes = {"ground_truth": "ground-truth boxes", "detections": "detected boxes"}[config.evaluate.boxes]
     datasets = [
         [name, "evaluation" if name == config.data.val else "training", str(facts["images"]), str(facts["persons"]),
@@ -190,6 +192,7 @@ def model_card(
         f"Training run `{run.get('run_id', '-')}`, epoch {run.get('best_epoch', '-')} of "
         f"{run.get('epochs', '-')}; git `{lineage['git_revision'] or '-'}`; dvc.lock "
         f"`{lineage['dvc_lock'] or '-'}`. `artifacts/params.yaml` holds every number of it.",
+        *(["", "Started from `{from}` (sha256 `{sha256}`): {summary}.".format(**start)] if start else []),
         "",
         *how_to_use(config, has_detector),
     ]

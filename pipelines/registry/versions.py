@@ -33,7 +33,7 @@ ROLLED_BACK_TAG = "rolled_back"
 """Of a version that was champion until someone moved the alias by hand."""
 
 
-class RegistryError(RuntimeError):
+class RegistryError(ValueError):
     """What the registry cannot do, in one sentence."""
 
 
@@ -80,7 +80,8 @@ class Registry:
         elif (found := self.by_alias(name)) is not None:
             return found
         known = ", ".join(str(version.version) for version in self.all()[:8]) or "none"
-        raise RegistryError(f"{self.model} has no version {name}. The newest: {known}; aliases: champion, challenger.")
+        aliases = ", ".join(sorted(self._client.get_registered_model(self.model).aliases)) or "none"
+        raise RegistryError(f"{self.model} has no version {name}. The newest: {known}; aliases: {aliases}.")
 
     def add(self, model_id: str, run_id: str, tags: Mapping[str, str], description: str) -> int:
         """Register a logged model, unless another process has just registered the same weights of the same run.
@@ -147,7 +148,8 @@ class Registry:
     def paired(self, version: int, evaluation: Measurement, reigning: ModelVersion) -> Intervals | None:
         """Intervals of the differences to another version, where both have their matches; None where they have not."""
         theirs = Measurement.from_tags(reigning.tags)
-        if int(reigning.version) == version or incomparable(evaluation, theirs, next(iter(evaluation.metrics), "")):
+        is_itself = (reigning.name, int(reigning.version)) == (self.model, version)
+        if is_itself or incomparable(evaluation, theirs, next(iter(evaluation.metrics), "")):
             return None
         ours = self._client.get_model_version(self.model, str(version))
         first, second = self.matches(reigning.run_id, theirs), self.matches(ours.run_id, evaluation)

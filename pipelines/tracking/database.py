@@ -88,8 +88,8 @@ def _follow_move(path: Path, tables: list[str]) -> None:
             return
         for table, column in _ADDRESSES.items():
             if table in tables:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                connection.execute(  # the folder itself, which experiments of ours have, or what lies in it
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
                     (here.as_uri(), len(before) + 1, len(before) + 1, f"{before}/"),
                 )
 

@@ -34,7 +34,7 @@ from pipelines.lineage import content_digest, dvc_hashes, git_revision, shards_d
 log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-PARAMS = "params.yaml"
+PARAMS, STATE = "params.yaml", "sync.json"
 RECORD = "record"
 """Folder of data/model with a copy of the run's folder."""
 LOCAL = "local-"
@@ -104,7 +104,7 @@ class Run:
     @property
     def run_id(self) -> str:
         """MLflow's id; the run's own, `local-...`, as long as MLflow could not be reached."""
-        return read_facts(self.folder / "sync.json").get("run_id") or self.facts["id"]
+        return read_facts(self.folder / STATE).get("run_id") or self.facts["id"]
 
     def log_record(self, record: Mapping[str, Any]) -> None:
         """Append numbers measured at a step: `kind`, `step`, and a value by name; not two of a kind at a step."""
@@ -182,13 +182,21 @@ def flatten(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run_name(config: Config) -> str:
-    """The preset, and what differs from it: `quickstart, epochs 3, seed 1`."""
+    """The preset, and what differs from it: `quickstart, epochs 3, rendered-val.seed 1`."""
     preset = flatten(load_preset(config.name).to_public_mapping()) if config.name in presets() else {}
     here = flatten(config.to_public_mapping()) if preset else {}
     changed = [key for key, value in here.items() if preset.get(key) != value and not key.startswith("registry.")]
-    words = [f"{key.rpartition('.')[2]} {here[key]}" for key in changed[:CHANGES_NAMED]]
+    words = [f"{_short_name(key, here)} {here[key]}" for key in changed[:CHANGES_NAMED]]
     more = len(changed) - len(words)
     return ", ".join([config.name, *(word[:40] for word in words), *([f"{more} more"] if more else [])])
+
+
+def _short_name(key: str, keys: Iterable[str]) -> str:
+    """The end of a dotted key that no other key has: `num_images` stands in several places, `epochs` in one."""
+    others = [f".{other}" for other in keys if other != key]
+    words = key.split(".")
+    ends = (".".join(words[first:]) for first in reversed(range(len(words))))
+    return next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key)
 
 
 def _tags(config: Config, kind: str) -> dict[str, str]:

@@ -26,9 +26,9 @@ from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config
 from cigpose.files.addresses import without_credentials
-from cigpose.files.atomic import ClaimedError, claimed, write_json, written_folder
+from cigpose.files.atomic import ClaimedError, claimed, clear_leftovers, write_json, written_folder
 from pipelines.tracking.address import VIEW, artifact_folder
-from pipelines.tracking.run import LOCAL, PARAMS, Run, flatten, read_facts, read_records
+from pipelines.tracking.run import LOCAL, PARAMS, STATE, Run, flatten, read_facts, read_records
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def sync_run(folder: Path, client: MlflowClient, *, wait: bool = True) -> str:
         MlflowException, OSError: MLflow could not be reached, or failed; the next call goes on.
     """
     with claimed(folder / "sync.lock", f"the delivery of {folder}", wait=wait):
+        clear_leftovers(folder / STATE)
         return _Delivery(Run(folder), client).deliver()
 
 
@@ -73,11 +74,11 @@ class _Delivery:
 
     def __init__(self, run: Run, client: MlflowClient) -> None:
         self.run, self.client, self.facts = run, client, run.facts
-        self.state = _NEW_STATE | read_facts(run.folder / "sync.json")
+        self.state = _NEW_STATE | read_facts(run.folder / STATE)
 
     def save(self, **state: Any) -> None:
         self.state |= state
-        write_json(self.run.folder / "sync.json", self.state)
+        write_json(self.run.folder / STATE, self.state)
 
     def deliver(self) -> str:
         facts = self.facts  # read before the records: where it has the run's end, they are all there
@@ -220,7 +221,7 @@ def find_local(client: MlflowClient, experiment_id: str, local_id: str) -> str |
 def sync_waiting(runs: Path, client: MlflowClient) -> None:
     """Deliver what the runs below `runs` could not, if they are meant for this MLflow and nobody delivers them."""
     for path in sorted(runs.glob("*/run.json")):
-        facts, state = read_facts(path), read_facts(path.with_name("sync.json"))
+        facts, state = read_facts(path), read_facts(path.with_name(STATE))
         is_done = facts.get("ended") is not None and facts["ended"] == state.get("ended")
         if facts.get("address") == without_credentials(client.tracking_uri) and not is_done:
             with contextlib.suppress(ClaimedError):
@@ -246,7 +247,7 @@ def resolve_run_id(
     facts = read_facts(record / "run.json") if record else {}
     names = {run_id, facts.get("id", run_id)}
     for path in sorted(runs.glob("*/run.json")):
-        state = read_facts(path.with_name("sync.json"))
+        state = read_facts(path.with_name(STATE))
         if names & {read_facts(path).get("id"), state.get("run_id"), *state.get("former_ids", ())}:
             return sync_run(path.parent, client)
     if not run_id.startswith(LOCAL) and active_run(client, run_id):

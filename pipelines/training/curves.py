@@ -69,6 +69,8 @@ def write_curves(config: Config, history: Sequence[Record], path: Path) -> None:
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend(fontsize=8)
+        if scores.lines:  # a curve per part leaves no room between them
+            scores.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None})
         plt.close(figure)

@@ -25,6 +25,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cigpose.config import ClusterConfig, Config
+from cigpose.train.place import StartingModel
 from pipelines.training.cluster import (
     TrainingError,
     describe_breakdown,
@@ -59,8 +60,8 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
     Args:
         config: the experiment.
         settings: what workers need besides: `root` (folder of params.yaml), `run_folder`, `checkpoints` (address),
-            `params` (see `influential_params`), `shown_images` (ids of validation images to be drawn); paths are
-            absolute, and the same on every node.
+            `params` (see `influential_params`), `start` (the `StartingModel`, or None), `shown_images` (ids of
+            validation images to be drawn); paths are absolute, and the same on every node.
         on_event: gets what the workers tell (`pipelines.training.worker.Messenger`), in this thread.
 
     Returns: what `cigpose.train.loop.train` returns on rank 0.
@@ -80,11 +81,21 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
             shutil.rmtree(left, ignore_errors=True)
         storage = Path(settings["run_folder"]) / f"ray-{uuid.uuid4().hex[:8]}"
         settings = settings | {"config": config.to_mapping(), "mailbox": mailbox, "marker": marker}
+        settings["start"] = _sent(settings["start"])
         try:
             trainer = _trainer(config.train.cluster, settings, storage, _torch_config(use_gpu, private), use_gpu)
             return _follow(trainer, mailbox, on_event)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
+
+
+def _sent(start: StartingModel | None) -> dict[str, Any] | None:
+    """The network to start from as workers get it: on other nodes, which have none of the driver's files, by Ray."""
+    if start is None:
+        return None
+    config = start.config.to_mapping() if start.config else None
+    content = ray.put(start.read()) if is_joined() else None
+    return {"content": content, "config": config, "where": start.where, "sha256": start.sha256}
 
 
 def _torch_config(use_gpu: bool, private: Path | None) -> TorchConfig:

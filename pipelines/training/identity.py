@@ -17,15 +17,18 @@ from cigpose.train.build import pretrained_path
 from cigpose.train.state import influential_params
 from pipelines.lineage import digest_of, project_root, shards_digest
 from pipelines.paths import RUNS, SHARDS
+from pipelines.training.start import read_start
 
 
 def run_params(config: Config) -> dict[str, Any]:
     """All that the result of the run depends on (`influential_params`), with the digests of what lies on the disk.
 
     Raises:
-        FileNotFoundError: shards, or the backbone's first weights, are not there.
+        FileNotFoundError: shards, or first weights, are not there.
+        DataError: the network to start from is not the one that was fetched.
     """
-    return influential_params(config, _digests(config), _pretrained_digest(config))
+    start = read_start(config)
+    return influential_params(config, _digests(config), _pretrained_digest(config), start.sha256 if start else None)
 
 
 def run_folder(config: Config, params: dict[str, Any]) -> Path:

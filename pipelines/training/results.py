@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from cigpose.config import Config
-from cigpose.files.atomic import write_json, write_text, written_file, written_folder
+from cigpose.files.atomic import clear_leftovers, write_json, write_text, written_file, written_folder
 from cigpose.files.digest import sha256_of
 from cigpose.model.weights import load_checkpoint
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
@@ -25,6 +25,7 @@ from pipelines.lineage import dataset_facts, git_revision
 from pipelines.paths import SHARDS
 from pipelines.tracking.run import RECORD, Run
 from pipelines.training import curves
+from pipelines.training.start import start_facts
 
 OUTPUTS = ("model", "metrics/train.json", "plots/loss.csv", "plots/validation.csv", "plots/curves.svg")
 RESULTS, DONE, CURVES = "results", "DONE", "curves.svg"
@@ -44,7 +45,10 @@ def write_outputs(config: Config, result: dict[str, Any], store: CheckpointStore
         "learning_rate": config.train.resolved_learning_rate,
         "git_revision": git_revision(),
         "datasets": {name: dataset_facts(config, name, SHARDS) for name in (*config.data.train, config.data.val)},
+        **start_facts(run),
     }
+    for target in (folder, run.folder / CURVES):
+        clear_leftovers(target)
     with written_folder(folder) as made:
         fetch_weights(store, result["weights"], made / "model" / "model.safetensors")
         write_text(made / "model" / "params.yaml", yaml.safe_dump(config.to_public_mapping(), sort_keys=False))
@@ -76,6 +80,7 @@ def fetch_weights(store: CheckpointStore, name: str, target: Path) -> None:
 
 def seal(folder: Path, run_id: str) -> None:
     """Write DONE beside the results of the run in `folder`, which are whole and on the disk."""
+    clear_leftovers(folder / DONE)
     results = folder / RESULTS
     files = {str(path.relative_to(results)): _facts(path) for path in sorted(results.rglob("*")) if path.is_file()}
     write_json(folder / DONE, {"run_id": run_id, "files": files})
@@ -117,7 +122,11 @@ def damage(folder: Path) -> str | None:
 
 
 def copy_out(source: Path, target: Path) -> None:
-    """Copy a file or folder to `target`, whole or not at all; what is there may be a link into DVC's cache."""
+    """Copy a file or folder to `target`, whole or not at all; what is there may be a link into DVC's cache.
+
+    Only for the one who may write there now: halves of killed ones go.
+    """
+    clear_leftovers(target)
     if source.is_dir():
         with written_folder(target) as part:
             shutil.copytree(source, part, dirs_exist_ok=True)

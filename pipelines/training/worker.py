@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -20,9 +23,10 @@ from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.divergence import NonFiniteLossError
 from cigpose.train.loop import train
-from cigpose.train.place import Place
+from cigpose.train.place import Place, StartingModel
 from cigpose.train.state import TrainState
 from pipelines.training.cluster import TrainingError, refuse_other_folder
+from pipelines.training.start import FILE
 
 CROPS_SHOWN = 16
 
@@ -86,6 +90,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
             root=root,
             store=CheckpointStore(settings["checkpoints"], config.train.checkpoint.keep),
             params=settings["params"],
+            start=_received(settings["start"], root),
         )
         result = train(config, place, messenger)
         return result if rank == 0 else None
@@ -94,6 +99,16 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
         if message is not None:
             messenger.send("failed", message=message)
         raise
+
+
+def _received(sent: dict[str, Any] | None, root: Path) -> StartingModel | None:
+    """What `pipelines.training.driver` sent of the network to start from; its bytes come when they are asked for."""
+    if sent is None:
+        return None
+    config = config_from_mapping(sent["config"]) if sent["config"] else None
+    content: Any = sent["content"]
+    read: Callable[[], Any] = (root / FILE).read_bytes if content is None else functools.partial(ray.get, content)
+    return StartingModel(read=read, config=config, where=sent["where"], sha256=sent["sha256"])
 
 
 def explain(err: Exception, params: dict[str, Any]) -> str | None:

@@ -20,6 +20,7 @@ from cigpose.evaluate.page import write_page
 from cigpose.evaluate.paired import PairedDifference
 from cigpose.evaluate.predictions import Predictions
 from cigpose.evaluate.robustness import Retained, Robustness
+from cigpose.evaluate.tables import MatchTables
 from cigpose.keypoints import COCO, KeypointSet
 from cigpose.model.causal import CausalIntervention
 from cigpose.model.weights import load_checkpoint
@@ -153,6 +154,12 @@ class Reader(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_a_model_has_the_intervals_of_its_page_in_the_registry_too(page: Path, project: Project) -> None:
+    text = Reader(page).text
+    for low, high in MatchTables.of(evaluated(project, SEVERAL_PARTS)).intervals().values():
+        assert f"{low:.3f} \u2013 {high:.3f}" in text
 
 
 def test_a_report_is_one_page_that_needs_nothing_beside_it(page: Path) -> None:

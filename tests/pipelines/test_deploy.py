@@ -239,6 +239,7 @@ def test_mlflow_on_postgres_with_files_on_s3_registers_two_versions_at_once(
     }
     with served("mlflow", "/health", replaced, tmp_path / "mlflow.log") as address:
         monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # its first upload is slow: it imports boto3
         client = MlflowClient(tracking_uri=address, registry_uri=address)
         experiment = client.create_experiment("people")
         client.create_registered_model("model")

@@ -1,14 +1,11 @@
-"""`dvc repro` from nothing to a registered model, on rendered people and on real photographs."""
+"""`dvc repro` from nothing to a registered model on rendered people, and what DVC shows of it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 from project import TINY, Project, make_project
 
@@ -93,51 +90,13 @@ def test_dvc_shows_graph_metrics_params_and_plots(project: Project) -> None:
 
 
 def test_an_experiment_overrides_params_and_shows_its_difference(project: Project) -> None:
-    # The README's command for fewer workers than the paper's.
-    project.run("dvc", "exp", "run", "-S", "train.cluster.num_workers=1", "-S", "train.accumulate_steps=8")
+    done = project.run("dvc", "exp", "run", "-S", "evaluate.flip_test=false").stdout
     try:
-        assert "train.accumulate_steps" in project.run("dvc", "params", "diff").stdout
-        assert "train" in project.run("dvc", "metrics", "diff", "--all").stdout
+        assert "Stage 'train' didn't change, skipping" in done
+        assert "evaluate.flip_test" in project.run("dvc", "params", "diff").stdout
+        assert "evaluate" in project.run("dvc", "metrics", "diff", "--all").stdout
         registered = json.loads((project.folder / "data/registered.json").read_text())
         assert int(registered["version"]) == 2
     finally:
         project.run("git", "checkout", "-q", "--", ".")
         project.run("dvc", "checkout", "-q", check=False)
-
-
-def test_real_people_are_learnt_by_heart_from_their_archives_to_a_registered_champion(
-    tmp_path: Path, mirror: str
-) -> None:
-    """COCO-WholeBody as its hosts serve it, and a small model on its few people: their own AP comes near 1."""
-    project = make_project(tmp_path)
-    small = yaml.safe_load((project.folder / "params.yaml").read_text())
-    project.run(sys.executable, "-m", "cigpose.cli.main", "use", "cigpose-m_coco-wholebody_256x192")
-    values = yaml.safe_load((project.folder / "params.yaml").read_text())
-    values |= {section: small[section] for section in ("model", "augmentation", "train", "evaluate")}
-    values["data"]["datasets"]["coco-wholebody-train"]["ground_truth"] = True
-    (project.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    still = {"shift_factor": 0.0, "scale_range": [1.0, 1.0], "rotate_degrees": 0.0, "hsv_delta": [0, 0, 0]}
-    epochs = 240  # of one step: there are eight people
-    project.change(
-        data__download__mirror=mirror,
-        data__val="coco-wholebody-train",
-        augmentation__stage1={**small["augmentation"]["stage1"], **still},
-        model__causal__train_top_k=1,  # as many as are replaced at evaluation
-        train__epochs=epochs,
-        train__schedule={
-            "warmup_steps": 50,
-            "cosines": [{"begin_epoch": 0, "end_epoch": epochs, "final_factor": 0.01}],
-        },
-        train__validate_every_epochs=epochs,
-        train__checkpoint__every_minutes=10.0,
-        train__cluster__num_workers=1,
-    )
-    project.commit("before")
-    project.run("dvc", "repro", timeout_s=900)
-    for part, figures in metrics(project).items():
-        assert figures["AP"] > 0.85, (part, metrics(project))
-    assert metrics(project)["whole"]["AP"] > 0.9
-    registered = json.loads((project.folder / "data/registered.json").read_text())
-    assert (registered["model"], registered["alias"]) == ("cigpose-m-coco-wholebody", "champion")
-    val = project.run("cigpose", "evaluate", "--dataset", "coco-wholebody-val", "--boxes", "detections").stdout
-    assert "| whole |" in val

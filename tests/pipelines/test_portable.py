@@ -113,6 +113,8 @@ def test_a_project_that_was_moved_finds_its_models(
     folder = Path(mlflow.artifacts.download_artifacts(f"models:/{MODEL}@champion", dst_path=str(moved / "out")))
     weights = (moved / "data/model/model.safetensors").read_bytes()
     assert (folder / "artifacts/model.safetensors").read_bytes() == weights
+    places = [experiment.artifact_location for experiment in client_of(moved).search_experiments()]
+    assert [place for place in places if not place.startswith((moved / "mlartifacts").as_uri())] == []  # of new runs
     assert register.main([]) == 0
     assert len(client_of(moved).search_model_versions(f"name = '{MODEL}'")) == 1
     assert str(project) not in capsys.readouterr().out

@@ -23,7 +23,8 @@ from pipelines.tracking.courier import tracked
 
 SECRET = "S3CRET"
 LOOKS_LIKE_ONE = re.compile(
-    r"address|ur[il]s?$|webhook|mirror|_ids?$|locations?$|endpoint|pretrained|token|secret|password|key$", re.I
+    r"address|ur[il]s?$|webhook|mirror|_ids?$|locations?$|endpoint|pretrained|start_from|token|secret|password|key$",
+    re.I,
 )
 
 
@@ -33,6 +34,7 @@ def planted(values: dict[str, Any], tracking_uri: str) -> Config:
     values["data"]["download"] |= {"mirror": bad, "drive_ids": {"videos.zip": SECRET}}
     values["data"]["locations"] = {"elsewhere": bad}
     values["model"]["backbone"]["pretrained"] = f"https://user:{SECRET}@127.0.0.1:9/x.pth?sig={SECRET}"
+    values["train"]["start_from"] = f"https://user:{SECRET}@127.0.0.1:9/y.pth?sig={SECRET}"
     values["train"]["checkpoint"]["address"] = f"s3://user:{SECRET}@bucket/x"
     values["registry"]["tracking_uri"] = tracking_uri
     values["notify"]["webhook"] = f"https://127.0.0.1:9/services/{SECRET}"

@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run_without_repeating_steps(
     client = connect(address)
     killed = Run(folder).run_id
     assert client.get_run(killed).info.status == "RUNNING"
-    half = [folder / f".{name}.0badcafe.part" for name in ("run.json", "history.jsonl")]
+    half = [folder / f".{name}.0badcafe.part" for name in ("run.json", "history.jsonl", "sync.json")]
     for path in half:
         path.write_text("{")
     times = {metric.step: metric.timestamp for metric in client.get_metric_history(killed, "train/loss")}
@@ -402,6 +402,15 @@ def test_a_run_is_named_by_its_preset_and_what_differs_from_it() -> None:
     assert run_name(config_from_mapping(values)) == "quickstart, seed 7, learning_rate 0.5"
     values["name"] = "mine"
     assert run_name(config_from_mapping(values)) == "mine"
+
+
+def test_a_runs_name_says_whose_number_it_is_where_several_have_one_of_that_name() -> None:
+    values = load_preset("quickstart").to_mapping()
+    values["data"]["render"]["rendered-train"]["num_images"] = 800
+    values["data"]["render"]["rendered-val"]["num_images"] = 60
+    values["robustness"]["enabled"] = True  # train.ema.enabled is another
+    named = "quickstart, rendered-train.num_images 800, rendered-val.num_images 60, robustness.enabled true"
+    assert run_name(config_from_mapping(values)) == named
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,20 @@ def test_damaged_results_are_named_and_made_again(
     assert not (folder / "DONE").exists()
 
 
+def test_halves_of_results_that_a_killed_training_left_go_with_the_next(stage: Stage, trained: list[Path]) -> None:
+    folder = finish_run()
+    halves = [folder / ".DONE.0badcafe.part", Path("data/metrics/.train.json.0badcafe.part")]
+    for half in halves:
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text("{")
+    halves += [Path("data/.model.0badcafe.part"), Path("data/.model.0badcafe.old")]
+    for half in halves[2:]:
+        half.mkdir()
+    results.seal(folder, "run")
+    assert train.main([]) == 0 and not trained
+    assert not any(half.exists() for half in halves)
+
+
 @pytest.mark.parametrize("arguments", [(), ("--restart",)], ids=["train", "restart"])
 def test_a_second_training_of_a_run_says_who_is_there_and_touches_nothing(
     stage: Stage, trained: list[Path], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]

@@ -37,6 +37,7 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.started_ns = 0
 
     def params(self, **changes: object) -> None:
         """Write params.yaml: the tiny quickstart with changes, dots written as double underscores."""
@@ -45,6 +46,7 @@ class Stage:
         (self.folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        self.started_ns = time.time_ns()
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines.train", *arguments],
             cwd=self.folder,
@@ -65,8 +67,9 @@ class Stage:
         return process.returncode, output
 
     def steps(self) -> list[int]:
-        """Steps of the records in the newest history.jsonl."""
-        histories = sorted(self.folder.glob(".runs/*/history.jsonl"), key=lambda file: file.stat().st_mtime)
+        """Steps of the records in the newest history.jsonl that the last start has written to."""
+        histories = sorted(self.folder.glob(".runs/*/history.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        histories = [file for file in histories if file.stat().st_mtime_ns > self.started_ns]
         lines = histories[-1].read_text().splitlines() if histories else []
         # the last line may be half written
         return [record["step"] for record in map(json.loads, filter(_is_whole, lines)) if record["kind"] == "log"]

@@ -1,23 +1,29 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from recorded import KilledError, Recorder, deterministic, final_state, place
 
+from cigpose.files.errors import DataError
 from cigpose.loader.plan import train_batch_sizes
+from cigpose.model.estimator import build_model
 from cigpose.train import loop, validation
 from cigpose.train.build import for_world
 from cigpose.train.checkpoints import CheckpointError, CheckpointStore
 from cigpose.train.loop import train
+from cigpose.train.place import StartingModel
 
 
 def test_a_training_logs_validates_and_keeps_checkpoints(whole_run: Any) -> None:
@@ -71,6 +77,41 @@ def test_a_resumed_training_ends_bit_equal_to_one_never_interrupted(
     assert ours[1]["random"] == theirs[1]["random"]
     validations = [[r for r in deterministic(v["history"]) if r["kind"] == "validation"] for v in (ours[1], theirs[1])]
     assert validations[0] == validations[1]
+
+
+@pytest.fixture
+def starting(tiny_config: Any) -> StartingModel:
+    """Another network, of other keypoints, as a training may start from it."""
+    protocol = {"evaluate__metric": "body/AP", "train__validation__metric": "body/AP"}
+    source = tiny_config(keypoints="coco", **protocol)
+    torch.manual_seed(11)
+    content = safetensors.torch.save(build_model(source).state_dict())
+    return StartingModel(
+        read=lambda: content, config=source, where="elsewhere", sha256=hashlib.sha256(content).hexdigest()
+    )
+
+
+@pytest.mark.slow
+def test_a_training_that_starts_from_another_network_with_a_frozen_part_ends_as_if_it_had_not_been_killed(
+    tiny_config: Any, shards: Path, tmp_path: Path, starting: StartingModel
+) -> None:
+    changes = {"train__ema": {"enabled": False}, "train__epochs": 2}  # validated are the trained weights themselves
+    config = tiny_config(train__optimizer__learning_rate_factors={"backbone": 0.0, "head.gau": 0.1}, **changes)
+    places = [replace(place(config, shards, tmp_path / name), start=starting) for name in ("whole", "killed")]
+    train(config, places[0], Recorder())
+    with pytest.raises(KilledError):
+        train(config, places[1], Recorder(8))  # in the second epoch, after a validation
+    train(config, places[1], Recorder())
+    (ours, _), (theirs, _) = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+    given = safetensors.torch.load(starting.read())
+    backbone = [key for key in given if key.startswith("backbone.")]
+    assert all(torch.equal(ours[f"model.{key}"], given[key]) for key in backbone)  # its statistics too
+    moved = {key for key in given if key.startswith("head.gau") and not torch.equal(ours[f"model.{key}"], given[key])}
+    assert moved
+    changed = replace(starting, read=lambda: b"other")
+    with pytest.raises(DataError, match=r"^elsewhere: sha256 is .*, the weights that the run began with have "):
+        train(config, replace(place(config, shards, tmp_path / "third"), start=changed), Recorder())
 
 
 def test_a_finished_training_has_nothing_left_to_do(tiny_config: Any, shards: Path, whole_run: Any) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +123,69 @@ def test_optimizer_rate_follows_set_learning_rate() -> None:
     optimizer = optim.build_optimizer(nn.Linear(2, 2), OptimizerConfig(learning_rate=1.0, learning_rate_batch=1))
     optim.set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+class _Parts(nn.Module):
+    """Two parts, one within the other's, each with a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 3)))
+        self.head = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.never = nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(x))
+
+
+def _optimizer(factors: dict[str, float]) -> OptimizerConfig:
+    return OptimizerConfig(learning_rate=1.0, learning_rate_batch=1, learning_rate_factors=factors)
+
+
+def test_every_parameter_has_the_rate_of_the_innermost_part_that_is_named() -> None:
+    model = _Parts()
+    factors = {"backbone": 0.1, "backbone.2": 0.5}
+    optimizer = optim.build_optimizer(model, _optimizer(factors))
+    optim.set_learning_rate(optimizer, 0.02)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"backbone.0": 0.002, "backbone.1": 0.002, "backbone.2": 0.01, "head.0": 0.02, "head.1": 0.02}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("never"):
+            part = next(part for part in expected if name.startswith(part))
+            assert rates[id(parameter)] == pytest.approx(expected[part])
+    assert len(rates) == 10
+    decaying = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decaying == {id(model.get_parameter(f"{name}.weight")) for name in ("backbone.0", "backbone.2.0", "head.0")}
+
+
+def test_a_part_that_begins_like_another_is_not_within_it() -> None:
+    assert optim.factor_of("head.cls_gx.weight", {"head.cls": 0.1, "head.cls_gx": 0.2}) == 0.2
+    assert optim.factor_of("head.cls_gy.weight", {"head.cls": 0.1}) == 1.0
+
+
+def test_a_frozen_part_stays_as_it_is_with_its_statistics() -> None:
+    torch.manual_seed(0)
+    model, factors = _Parts(), {"backbone": 0.0, "backbone.2": 1.0}
+    optim.freeze_parts(model, factors)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = optim.build_optimizer(model, _optimizer(factors))
+    model(torch.randn(8, 2)).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.rpartition(".")[0] for name in moved} == {"backbone.2.0", "head.0", "head.1"}
+    assert "head.1.running_mean" in moved
+    assert model.training and model.head.training and not model.backbone[1].training
+
+
+@pytest.mark.parametrize(
+    "factors, message",
+    [
+        ({"bakbone": 0.1}, "the network has no part 'bakbone'. Did you mean 'backbone'?"),
+        ({"head.0.weight": 0.1}, "the network has no part 'head.0.weight'"),
+        ({"backbone": 0.0, "head": 0.0}, "everything is frozen"),
+    ],
+)
+def test_parts_that_do_not_exist_and_a_training_of_nothing_are_refused(factors: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"train.optimizer.learning_rate_factors: {message}")):
+        optim.refuse_unknown_parts(_Parts(), factors)
+    optim.refuse_unknown_parts(_Parts(), {"backbone": 0.0, "head": 0.1})

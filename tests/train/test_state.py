@@ -81,6 +81,19 @@ def test_the_first_weights_belong_to_what_a_result_depends_on(tiny_config: Any) 
         refuse_changed_params(saved, influential_params(config, {}, "bbb"), "here")
 
 
+def test_the_network_that_a_run_started_from_belongs_to_it_and_its_address_does_not(tiny_config: Any) -> None:
+    config = tiny_config(train__start_from="https://me:secret@host/mine.pth")
+    saved = influential_params(config, {}, None, "aaa")
+    assert "secret" not in str(saved)
+    with pytest.raises(CheckpointError, match=r"start_from.sha256: 'aaa' there, 'bbb' now"):
+        refuse_changed_params(saved, influential_params(config, {}, None, "bbb"), "here")
+
+
+def test_what_a_run_did_not_know_when_it_began_makes_no_other_run_of_it(tiny_config: Any) -> None:
+    names = influential_params(tiny_config(), {})
+    assert not any("start_from" in name or "learning_rate_factors" in name for name in names)
+
+
 def test_random_generators_go_on_where_they_were() -> None:
     seed_everything(3, rank=1)
     state = json.loads(json.dumps(random_state()))
@@ -101,6 +114,7 @@ def test_workers_draw_differently() -> None:
     "change, matters",
     [
         ({"train__optimizer__learning_rate": 0.5}, True),
+        ({"train__optimizer__learning_rate_factors": {"backbone": 0.1}}, True),
         ({"model__head__gau_s": 8}, True),
         ({"seed": 9}, True),
         ({"train__cluster": {"num_workers": 2}}, True),
