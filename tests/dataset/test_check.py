@@ -290,8 +290,10 @@ def sure_model(truth: np.ndarray, mirrored_rows: set[int], moved: dict[int, int]
         random = np.random.default_rng(int(mirrored))
         for place, (row, picture) in enumerate(zip(rows.tolist(), pictures.tolist(), strict=True)):
             own = int(people.picture[row])
-            seen = truth[row] if picture == moved.get(row, own) else 200 * random.random((17, 2))
-            turned = (row in mirrored_rows) != mirrored
+            seen = truth[row].copy()
+            if picture != moved.get(row, own):  # somebody else, some of whose joints are where this person has them
+                seen[7:] = 200 * random.random((10, 2))
+            turned = (row in mirrored_rows and picture == own) != mirrored
             points[place] = np.where(turned, [200, 0] + seen[COCO.flip_index] * [-1, 1], seen) if turned else seen
         return points + random.normal(0, 1, points.shape), np.full((len(rows), 17), 0.9)
 
