@@ -67,7 +67,10 @@ def test_a_model_is_kept_as_it_was_until_another_is_named_and_a_changed_one_is_r
         f"download: {stage.folder}/elsewhere: no such model."
     )
     stage.params(train__start_from=str(mine))
-    start.FILE.write_bytes(first + b" ")
+    half = start.FILE.with_name(f".{start.FILE.name}.0123abcd.part")  # of a killed one; DVC would count it in
+    half.write_bytes(b"half")
+    assert said(capsys, download.main, "pretrained")[0] == 0 and not half.exists()
+    start.FILE.write_bytes(start.FILE.read_bytes() + b" ")
     code, sentence = said(capsys, train.main)
     assert code == 1 and sentence.startswith(f"train: {start.FILE}: sha256 is ") and "It has changed since" in sentence
 
