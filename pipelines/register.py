@@ -22,7 +22,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from cigpose.config import Config
-from cigpose.files.atomic import claimed, write_json
+from cigpose.files.atomic import claimed, clear_leftovers, write_json
 from cigpose.files.digest import sha256_of
 from pipelines.lineage import project_root
 from pipelines.paths import CHAMPION_FIGURES, MODEL, REGISTERED, REPORT, RUNS, WEIGHTS
@@ -51,7 +51,10 @@ def main(config: Config, show: bool) -> None:
     be_impatient(UPLOAD_S)
     if not show:
         try:
-            write_json(REGISTERED, register(config, Path.cwd()))
+            outcome_now = register(config, Path.cwd())
+            with claimed(RUNS / "registered.lock", "the note of a registration", wait=True):
+                clear_leftovers(REGISTERED)
+                write_json(REGISTERED, outcome_now)
         except UnreachableError as err:
             if is_registered(config, Path.cwd()):
                 print(f"register: {err} Whether it still has what {REGISTERED} says could not be asked.")

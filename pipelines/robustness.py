@@ -18,7 +18,7 @@ from pipelines.paths import ROBUSTNESS, ROBUSTNESS_METRICS, ROBUSTNESS_PLOT, SHA
 from pipelines.stage import stage
 
 
-@stage("robustness")
+@stage("robustness", writes=(ROBUSTNESS, ROBUSTNESS_METRICS, ROBUSTNESS_PLOT))
 def main(config: Config) -> None:
     """Measure the trained model on changed pictures."""
     if not config.robustness.enabled:

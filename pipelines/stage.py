@@ -13,14 +13,18 @@ a key is a user's text. DVC names the stage it runs in the environment (`render@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cigpose.config import load_params
 from cigpose.files.addresses import without_credentials
+from cigpose.files.atomic import claimed, clear_leftovers, clear_leftovers_in
+from pipelines.paths import RUNS
 
 
 def stage(
@@ -28,6 +32,7 @@ def stage(
     *,
     member_of: str | None = None,
     flags: Mapping[str, str] | None = None,
+    writes: Sequence[Path] = (),
     errors: tuple[type[Exception], ...] = (),
     when_stopped: str = "The same command begins anew; what was there before is untouched.",
 ) -> Callable[[Callable[..., None]], Callable[..., int]]:
@@ -37,6 +42,7 @@ def stage(
         name: of the stage, and of its module.
         member_of: the table of params.yaml that a `foreach` goes through; the function then gets the asked `key`.
         flags: switch -> its help; the function gets each as a bool of its name.
+        writes: files and folders that the stage alone writes: it claims them, and clears what a killed one has left.
         errors: what else than ValueError and OSError is a user's matter, whose text is for the user.
         when_stopped: what becomes of work that Ctrl-C has ended.
 
@@ -49,7 +55,9 @@ def stage(
         def main(arguments: Sequence[str] | None = None) -> int:
             given = _parse(name, function.__globals__["__doc__"], member_of, flags or {}, arguments)
             try:
-                function(load_params(), **given)
+                config = load_params()
+                with _alone(name, writes):
+                    function(config, **given)
             except expected as err:
                 print(without_credentials(f"{name}: {err}"), file=sys.stderr)
                 return 1
@@ -61,6 +69,20 @@ def stage(
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _alone(name: str, writes: Sequence[Path]) -> Iterator[None]:
+    """Be the only one at work on `writes`, if there are any."""
+    if not writes:
+        yield
+        return
+    with claimed(RUNS / f"{name}.lock", f"The stage {name} of this project"):
+        for target in writes:
+            clear_leftovers(target)
+            for folder in [target, *target.rglob("*/")] if target.is_dir() else ():
+                clear_leftovers_in(folder)
+        yield
 
 
 def _parse(

@@ -94,7 +94,11 @@ def export_onnx(
     module = (_Decoded(network, config.model.simcc.split_ratio) if decoded else _Logits(network)).eval()
     crops = torch.cat(list(calibration)) if numbers == "int8" else None
     example = crops if crops is not None else example_crops(config, 2)
-    with written_file(path) as part, tempfile.TemporaryDirectory(prefix="cigpose-export-") as folder:
+    with (
+        written_file(path) as part,
+        # beside it, and named as it, so that what a kill leaves is cleared as that is
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".part") as folder,
+    ):
         floats = Path(folder) / "float32.onnx"
         _program(module, example[:2] if decoded else normalize(example[:2]).contiguous(), path, decoded).save(
             str(floats), external_data=False

@@ -19,6 +19,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+_LEFT = re.compile(r"\.(.+)\.\w{8}\.(part|old)")
+"""Names of what becomes, or was, the file or folder that the first group names."""
+
 
 class ClaimedError(OSError):
     """Another process does what may be done by one at a time."""
@@ -87,9 +90,8 @@ def clear_leftovers(target: str | Path) -> None:
     Only for the holder of the target's lock: a dead writer's files look like a living one's.
     """
     target = Path(target)
-    left = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]{{8}}\.part|\w{{8}}\.old)")
     for path in sorted(target.parent.glob(".*")):
-        if not left.fullmatch(path.name):
+        if not (left := _LEFT.fullmatch(path.name)) or left[1] != target.name:
             continue
         if path.suffix == ".old" and (path / target.name).exists() and not target.exists():
             os.replace(path / target.name, target)
@@ -97,6 +99,12 @@ def clear_leftovers(target: str | Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def clear_leftovers_in(folder: Path) -> None:
+    """`clear_leftovers` of whatever was being written to a folder; for the one who alone writes there."""
+    for name in {left[1] for path in folder.glob(".*") if (left := _LEFT.fullmatch(path.name))}:
+        clear_leftovers(folder / name)
 
 
 def write_bytes(target: str | Path, content: bytes) -> None:

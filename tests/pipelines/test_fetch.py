@@ -13,6 +13,7 @@ from cigpose.files.digest import sha256_of
 from cigpose.model.weights import read_config
 from pipelines import download, register
 from pipelines.registry import fetch
+from pipelines.registry.versions import RegistryError
 from pipelines.training.start import read_start
 
 
@@ -46,9 +47,9 @@ def test_the_champion_is_loaded_by_its_name_with_its_calibration(
     for address in ("models:/cigpose-quickstart", "models:/cigpose-quickstart/1"):
         assert [fetch.fetch_model(address)] == cached
     for address, sentence in {
-        "models:/cigpose-quickstart@best": "has no version with the alias 'best' of a model 'cigpose-quickstart'",
-        "models:/nobody/3": "has no version 3 of a model 'nobody'",
+        "models:/cigpose-quickstart@best": "cigpose-quickstart has no version best. The newest: 1; aliases: champion.",
+        "models:/nobody/3": "nobody: no model of that name is registered",
         "models:/a/b/c": "expected models:/NAME@ALIAS or models:/NAME/VERSION",
     }.items():
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(RegistryError, match=sentence):
             fetch.fetch_model(address)
