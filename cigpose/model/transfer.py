@@ -30,6 +30,9 @@ BY_BIN = tuple(f"head.{classifier}{axis}." for classifier in ("cls_", "cls_g", "
 """How the names of tensors begin whose first axis is bins."""
 BY_CELL = ("head.mlp.1.weight", "head.mlp_pre_gau.1.weight")
 """Tensors whose last axis is cells of the feature map, row by row."""
+EMBEDDING = "head.mlp_pre_gau.", "head.mlp."
+"""What makes the embeddings that go into the attention unit: of CIGPose's head, and of RTMPose's. The former has layers
+of the latter's name too, which nobody uses."""
 LISTED = 3
 
 
@@ -103,25 +106,39 @@ def start_from(
     """
     own = model.state_dict()
     names = source and source.keypoint_set
+    places = {name: _place_in(given, name, own) for name in own}
     found = WeightTransfer(
-        unused=sorted(set(given) - set(own)), keypoints=_matched_keypoints(config.keypoint_set, names or None)
+        unused=sorted(set(given) - set(places.values())),
+        keypoints=_matched_keypoints(config.keypoint_set, names or None),
     )
     moved: dict[str, Tensor] = {}
     for name, tensor in own.items():
-        if name not in given:
+        if (place := places[name]) not in given:
             found.anew[name] = "not in the file"
-        elif (changed := _fitted(name, given[name], tensor, config, source, found)) is not None:
+        elif (changed := _fitted(name, given[place], tensor, config, source, found)) is not None:
             moved[name] = changed
+            if place != name and name in found.taken:
+                found.taken.remove(name)
+                found.mapped[name] = f"as the other head's {place}"
     if not any(own[name].numel() > 1 for name in moved):
         raise WeightsError(
             f"train.start_from: nothing of {where} fits {config.name}: none of its {len(given)} tensors has the name "
             f"and shape of one of the {len(own)} here. Give a model of the same architecture and widths."
         )
     if not any(tensor.is_meta for tensor in (*moved.values(), *own.values())):
-        refuse_non_finite({name: given[name] for name in moved}, where)
+        refuse_non_finite({places[name]: given[places[name]] for name in moved}, where)
         for name, tensor in moved.items():
             own[name].copy_(tensor)
     return found
+
+
+def _place_in(given: Mapping[str, Tensor], name: str, own: Mapping[str, Tensor]) -> str:
+    """Name in another network of what has the name `name` in this one."""
+    cigpose, rtmpose = EMBEDDING
+    if name.startswith(cigpose) and name not in given:
+        return name.replace(cigpose, rtmpose)
+    renamed = name.replace(rtmpose, cigpose)
+    return renamed if renamed not in own and renamed in given else name
 
 
 def _matched_keypoints(own: KeypointSet, other: KeypointSet | None) -> dict[str, Any]:

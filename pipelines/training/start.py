@@ -21,7 +21,7 @@ import torch
 from cigpose.config import Config, load_preset
 from cigpose.deploy.models import preset_of
 from cigpose.files.addresses import without_credentials
-from cigpose.files.atomic import claimed, write_bytes, write_json, written_file
+from cigpose.files.atomic import claimed, clear_leftovers, write_bytes, write_json, written_file
 from cigpose.files.digest import sha256_of
 from cigpose.files.errors import DataError
 from cigpose.model.estimator import build_model
@@ -76,6 +76,8 @@ def _alone() -> Iterator[None]:
     with claimed(DATA / ".start_from.lock", "keeping what train.start_from names", wait=True):
         if FILE.exists() and not FACTS.exists():
             raise ValueError(f"{FILE}: a file of yours has the name of one of ours. Rename it.")
+        for path in (FILE, FACTS):
+            clear_leftovers(path)
         yield
 
 

@@ -151,6 +151,26 @@ def test_cells_in_another_order_are_not_taken_for_the_same_because_there_are_as_
     assert set(transfer.BY_CELL) <= set(found.anew)
 
 
+@pytest.mark.parametrize("kinds", [("rtmpose", "cigpose"), ("cigpose", "rtmpose")], ids="-to-".join)
+def test_between_the_heads_goes_what_leads_to_the_attention_unit_under_its_other_name(
+    tiny_config: Any, kinds: tuple[str, str]
+) -> None:
+    source, config = (tiny_config(model__head__kind=kind) for kind in kinds)
+    given, model = built(source, 0).state_dict(), built(config, 1)
+    given |= {name: tensor + 1 for name, tensor in given.items() if name.endswith(".0.g")}
+    found = transfer.start_from(model, given, config, source, "there")
+    names = {"rtmpose": "head.mlp", "cigpose": "head.mlp_pre_gau"}
+    there, here = (names[kind] for kind in kinds)
+    for layer in ("0.g", "1.weight"):
+        assert torch.equal(model.state_dict()[f"{here}.{layer}"], given[f"{there}.{layer}"])
+        assert found.mapped[f"{here}.{layer}"] == f"as the other head's {there}.{layer}"
+    assert f"{there}.1.weight" not in found.unused
+    assert {
+        name for name in found.anew if not name.startswith(("head.cim", "head.gcn", "head.cls", "head.init"))
+    } == set()
+    assert all(torch.equal(model.state_dict()[name], given[name]) for name in given if name.startswith("head.gau"))
+
+
 def test_of_a_file_that_does_not_say_its_keypoints_none_is_taken(tiny_config: Any) -> None:
     config = tiny_config()
     found = transfer.start_from(built(config, 1), built(config, 0).state_dict(), config, None, "there")

@@ -176,6 +176,9 @@ def test_a_registered_model_is_complete(
         "stages:\n  shard@rendered-val:\n    outs:\n    - path: data/shards/rendered-val\n      md5: 77.dir\n"
     )
     run_id = trained(config, seed=1, whole_ap=0.61)
+    facts = project / "data/model/run.json"
+    start = {"from": "models:/first/3", "sha256": "ab12", "summary": "177 taken, 3 mapped of 180 tensors; 12 of 14"}
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"start_from": start}))
     assert register.main([]) == 0
     printed = capsys.readouterr().out
     assert "version 1, alias champion: models:/cigpose-quickstart@champion" in printed
@@ -198,6 +201,7 @@ def test_a_registered_model_is_complete(
         assert (folder / "artifacts" / name).stat().st_size > 0, name
     card = (folder / "README.md").read_text()
     assert "| whole | 0.610 |" in card and "version 1 is the first champion" in card
+    assert "Started from `models:/first/3` (sha256 `ab12`): 177 taken, 3 mapped of 180 tensors; 12 of 14." in card
     assert "- rendered-train: rendered by this project" in card and "## Intended use" in card
     assert (folder / "input_example.json").is_file()
     assert (folder / "artifacts/pictures/page-00.jpg").is_file()

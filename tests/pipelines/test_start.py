@@ -12,9 +12,11 @@ import torch
 from train_stage import Stage
 
 from cigpose.config import Config, load_params, load_preset
+from cigpose.download.sources import TABLE
 from cigpose.model.estimator import build_model
 from cigpose.model.weights import WeightsError, save_weights
 from pipelines import download, train
+from pipelines.registry.card import licences
 from pipelines.training import start
 
 
@@ -65,7 +67,10 @@ def test_a_model_is_kept_as_it_was_until_another_is_named_and_a_changed_one_is_r
         f"download: {stage.folder}/elsewhere: no such model."
     )
     stage.params(train__start_from=str(mine))
-    start.FILE.write_bytes(first + b" ")
+    half = start.FILE.with_name(f".{start.FILE.name}.0123abcd.part")  # of a killed one; DVC would count it in
+    half.write_bytes(b"half")
+    assert said(capsys, download.main, "pretrained")[0] == 0 and not half.exists()
+    start.FILE.write_bytes(start.FILE.read_bytes() + b" ")
     code, sentence = said(capsys, train.main)
     assert code == 1 and sentence.startswith(f"train: {start.FILE}: sha256 is ") and "It has changed since" in sentence
 
@@ -91,6 +96,9 @@ def test_an_official_model_comes_as_tensors_only_and_its_keypoints_are_known_by_
         assert safetensors.torch.load(found.read()).keys() == tensors.keys()
         known = load_preset("cigpose-m_crowdpose_256x192") if name.startswith("cigpose") else None
         assert (found.config and found.config.keypoint_set) == (known and known.keypoint_set)
+    stage.params(train__start_from="cigpose-m_crowdpose_256x192.pth")
+    assert download.start_in_table(load_params()) == "cigpose-m_crowdpose_256x192.pth"
+    assert licences(load_params())["start"] == [TABLE["cigpose-m_crowdpose_256x192.pth"].licence]
 
 
 def test_an_address_gives_its_model_and_what_opens_it_is_kept_nowhere(
