@@ -25,10 +25,10 @@ import torch
 
 from cigpose.config import Config
 from cigpose.deploy.export import export_onnx
-from cigpose.deploy.onnx import OnnxModel
+from cigpose.deploy.onnx import onnx_figures
 from cigpose.evaluate import report
 from cigpose.evaluate.calibration import fit_calibration
-from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, measure, sample_pictures
+from cigpose.evaluate.checkpoint import Evaluation, evaluate_checkpoint, sample_pictures
 from cigpose.evaluate.labels import open_shards
 from cigpose.evaluate.page import write_page
 from cigpose.evaluate.robustness import Robustness
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     assert evaluation is not None  # one process: this is rank 0
     write_results(evaluation, REPORT)
     exported = export_onnx(load_checkpoint(WEIGHTS), evaluation.config, REPORT / "model.onnx")
-    metrics = evaluation.metrics | onnx_figures(exported, evaluation.config)
+    metrics = evaluation.metrics | onnx_figures(exported, evaluation.config, SHARDS)
     write_measurement(evaluation, metrics, REPORT, SHARDS)
     calibrate(evaluation, REPORT)
     report.write_parts_csv(evaluation.metrics, PARTS_PLOT)
@@ -67,16 +67,6 @@ def main(config: Config) -> None:
     value, speed = evaluation.metrics.get(metric, float("nan")), len(evaluation.predictions) / evaluation.seconds
     print(f"{config.data.val}: {metric} {value:.4f}, {speed:.3g} people a second; sigmas {own.sigmas_origin}")
     print(report.parts_table(metrics), end="")
-
-
-def onnx_figures(exported: Path, config: Config) -> dict[str, float]:
-    """Figures of the exported file over all keypoints, where they are asked for."""
-    if not config.registry.measure_onnx:
-        return {}
-    figures = measure(OnnxModel(exported), config, shards_root=SHARDS)
-    return {
-        name.replace("whole/", "whole_onnx/"): value for name, value in figures.items() if name.startswith("whole/")
-    }
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:

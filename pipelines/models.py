@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ def _run(command: Callable[[_Room, argparse.Namespace], Any], options: argparse.
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     be_impatient()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # of two hundred small files
     try:
         answer = command(_Room(options), options)
     except (RegistryError, MlflowException, ValueError, OSError) as err:

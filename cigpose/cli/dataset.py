@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from cigpose.cli import dataset_init
+from cigpose.cli import dataset_check, dataset_init, dataset_sigmas
 
-COMMANDS: tuple[ModuleType, ...] = (dataset_init,)
+COMMANDS: tuple[ModuleType, ...] = (dataset_init, dataset_check, dataset_sigmas)
 """Modules of the subcommands, each with `add_parser`."""
 
 

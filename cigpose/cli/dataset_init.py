@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cigpose.config import load_params, load_preset, presets
-from cigpose.config.params_file import params_text, write_params
-from cigpose.files.atomic import written_file
+from cigpose.config import load_params
+from cigpose.config.params_file import is_preset, replace_params
 from cigpose.files.errors import DataError
 
 if TYPE_CHECKING:  # torch, OpenCV: only where they are needed
@@ -89,7 +86,7 @@ def _init(options: argparse.Namespace) -> None:
     _draw(sheet, sides, table, options.people)
     print(_summary(sides, table, plan), end="")
     write_raw(folder, sides, table.keypoints.names, origin)
-    kept = _write_params(plan, params)
+    kept = replace_params(plan.config, params)
     print(f"\n{folder}: links to the pictures, and the labels as COCO JSON")
     print(f"{sheet}: look at it first; swapped sides and wrong orders show there")
     print(f"{params}: {plan.config.name}" + (f" (the one before: {kept})" if kept else ""))
@@ -113,25 +110,8 @@ def _refuse_to_replace(params: Path, force: bool) -> None:
     """See that a params.yaml is not there, holds nothing of the user's, or may be replaced."""
     if force or not params.exists():
         return
-    if not _is_preset(params):
+    if not is_preset(params):
         raise ValueError(f"{params}: is there already and is yours. --force replaces it and keeps a copy.")
-
-
-def _write_params(plan: Plan, params: Path) -> Path | None:
-    """Write it; returns the copy of one of the user's own that was there."""
-    kept = None
-    if params.exists() and not _is_preset(params):
-        names = (params.with_name(f"params-before-{number}.yaml") for number in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        with written_file(kept) as part:
-            shutil.copyfile(params, part)
-    write_params(plan.config, params)
-    return kept
-
-
-def _is_preset(params: Path) -> bool:
-    text = params.read_text(encoding="utf-8", errors="replace")
-    return any(text == params_text(load_preset(name)) for name in presets())
 
 
 def _sides(options: argparse.Namespace, names: tuple[str, ...] | None) -> list[Side]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from cigpose.config import Config
+from cigpose.config import Config, load_preset, presets
 from cigpose.config.schema import to_mapping
-from cigpose.files.atomic import write_text
+from cigpose.files.atomic import write_bytes, write_text
 
 WIDTH = 120
 COMMENT_COLUMN = 52
@@ -33,6 +33,23 @@ def params_text(config: Config) -> str:
 def write_params(config: Config, path: Path) -> None:
     """Write params.yaml whole or not at all."""
     write_text(path, params_text(config))
+
+
+def is_preset(path: Path) -> bool:
+    """Whether a params.yaml is as `cigpose use` writes it: nothing in it is the user's."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return any(text == params_text(load_preset(name)) for name in presets())
+
+
+def replace_params(config: Config, path: Path) -> Path | None:
+    """Write params.yaml in place of what is there; returns the copy that was kept if that was the user's."""
+    kept = None
+    if path.exists() and not is_preset(path):
+        names = (path.with_name(f"{path.stem}-before-{number}.yaml") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        write_bytes(kept, path.read_bytes())
+    write_params(config, path)
+    return kept
 
 
 def _section(section: Any, depth: int) -> list[str]:

@@ -15,7 +15,7 @@ AREA_SHARE = 0.53
 
 
 @dataclass(kw_only=True)
-class Labels:
+class OwnLabels:
     """Pictures, people and keypoint names of one file or folder of labels."""
 
     source: str
@@ -48,7 +48,7 @@ class Labels:
         return sum(not person.get("iscrowd") for person in self.people)
 
 
-def complete_people(labels: Labels) -> None:
+def complete_people(labels: OwnLabels) -> None:
     """Give a box and an area to those people who have none, and say so."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in labels.images}
     no_box = no_area = 0
@@ -83,7 +83,7 @@ def box_around(keypoints: Sequence[float], size: tuple[int, int]) -> list[float]
     return [left, top, max(right - left, 0.0), max(bottom - top, 0.0)]
 
 
-def coco_document(labels: Labels, images: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def coco_document(labels: OwnLabels, images: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """COCO-keypoints JSON of some of the pictures and their people."""
     wanted = {image["id"] for image in images}
     category = {

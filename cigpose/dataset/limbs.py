@@ -10,9 +10,9 @@ from cigpose.keypoints import Edge
 def limb_groups(count: int, edges: Sequence[Edge], flip_pairs: Sequence[Edge]) -> tuple[tuple[int, ...], ...]:
     """Semantic groups as CIGPose's own sets have them: limbs, mates that are joined, and what hangs together besides.
 
-    A limb is a path of the skeleton from one end or branching to the next, both included, of three keypoints or more.
-    Two mates (left and right hip) with a line between them are a group. Keypoints in neither are grouped with those
-    they have a line to. A skeleton without lines is one group.
+    A limb is a path of the skeleton from one end or branching to the next, both included, of three keypoints or more;
+    a line between two mates (left and right hip) counts as a branching of both, and makes them a group. Keypoints in
+    neither are grouped with those they have a line to. A skeleton without lines is one group.
 
     Args:
         count: K.
@@ -25,9 +25,10 @@ def limb_groups(count: int, edges: Sequence[Edge], flip_pairs: Sequence[Edge]) -
     for a, b in edges:
         near[a].append(b)
         near[b].append(a)
-    groups = [path for path in _paths(near) if len(path) >= 3]
     mates = {frozenset(pair) for pair in flip_pairs}
-    groups += [edge for edge in edges if frozenset(edge) in mates]
+    joined = [edge for edge in edges if frozenset(edge) in mates]
+    ends = {k for k, others in near.items() if len(others) != 2} | {k for edge in joined for k in edge}
+    groups = [path for path in _paths(near, ends) if len(path) >= 3] + joined
     left = set(near) - {k for group in groups for k in group}
     while left:
         found, new = set(), {min(left)}
@@ -41,14 +42,13 @@ def limb_groups(count: int, edges: Sequence[Edge], flip_pairs: Sequence[Edge]) -
     return tuple(distinct) or (tuple(range(count)),)
 
 
-def _paths(near: dict[int, list[int]]) -> list[tuple[int, ...]]:
-    """Maximal paths whose inner keypoints have two lines; each once."""
-    ends = [k for k, others in near.items() if others and len(others) != 2]
+def _paths(near: dict[int, list[int]], ends: set[int]) -> list[tuple[int, ...]]:
+    """Paths from end to end; each once."""
     found: dict[frozenset[int], tuple[int, ...]] = {}
-    for end in ends:
+    for end in sorted(ends):
         for step in near[end]:
             path = [end, step]
-            while len(near[path[-1]]) == 2 and path[-1] != end:
+            while path[-1] not in ends:
                 further = [k for k in near[path[-1]] if k != path[-2]]
                 path += further[:1]
             found.setdefault(frozenset(path), tuple(dict.fromkeys(path)))

@@ -29,7 +29,7 @@ def words_of(name: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(name)]
 
 
-def plain_name(name: str) -> str:
+def coco_spelling(name: str) -> str:
     """The name as COCO would write it: `L-Wrist` and `leftWrist` are left_wrist."""
     words = [_FULL.get(word, word) for word in words_of(name)]
     sides = [word for word in words if word in ("left", "right")]
@@ -57,9 +57,9 @@ def guess_flip_pairs(names: Sequence[str]) -> tuple[tuple[Edge, ...], tuple[str,
 
 def known_set(names: Sequence[str]) -> KeypointSet | None:
     """The published set of exactly these names in this order, in whatever spelling."""
-    plain = [plain_name(name) for name in names]
+    plain = [coco_spelling(name) for name in names]
     for known in KNOWN_SETS:
-        if len(known) == len(plain) and plain == [plain_name(name) for name in known.names]:
+        if len(known) == len(plain) and plain == [coco_spelling(name) for name in known.names]:
             return known
     return None
 
@@ -70,15 +70,15 @@ def published_sigmas(names: Sequence[str]) -> dict[str, tuple[float, str]]:
     titles = {"coco": "COCO", "crowdpose": "CrowdPose", "coco_wholebody": "COCO-WholeBody"}
     for known in KNOWN_SETS:
         for name, sigma in zip(known.names, known.sigmas, strict=True):
-            table.setdefault(plain_name(name), (sigma, titles[known.name]))
-    return {name: table[plain_name(name)] for name in names if plain_name(name) in table}
+            table.setdefault(coco_spelling(name), (sigma, titles[known.name]))
+    return {name: table[coco_spelling(name)] for name in names if coco_spelling(name) in table}
 
 
 def part_of(name: str) -> str:
     """The evaluation part that COCO-WholeBody has this keypoint in; body for others."""
-    plain = plain_name(name)
+    plain = coco_spelling(name)
     for part, members in COCO_WHOLEBODY.parts.items():
-        if any(plain == plain_name(COCO_WHOLEBODY.names[member]) for member in members):
+        if any(plain == coco_spelling(COCO_WHOLEBODY.names[member]) for member in members):
             return part
     return "body"
 

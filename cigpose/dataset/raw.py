@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cigpose.dataset.labels import Labels, coco_document
+from cigpose.dataset.labels import OwnLabels, coco_document
 from cigpose.dataset.reading import Photographs
 from cigpose.files.atomic import claimed, clear_leftovers, write_json, written_folder
 from cigpose.files.errors import DataError
@@ -29,7 +29,7 @@ SIDES = ("train", "val")
 class Side:
     """Pictures of one purpose and their labels."""
 
-    labels: Labels
+    labels: OwnLabels
     images: Sequence[dict[str, Any]]
     photographs: Photographs
 

@@ -1,4 +1,4 @@
-"""From whatever a user has to `Labels` whose pictures are there: formats are told by their content."""
+"""From whatever a user has to `OwnLabels` whose pictures are there: formats are told by their content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cigpose.dataset.formats.coco import read_coco_labels
 from cigpose.dataset.formats.cvat import read_cvat_labels
 from cigpose.dataset.formats.label_studio import read_label_studio_labels
 from cigpose.dataset.formats.ultralytics import read_ultralytics_labels
-from cigpose.dataset.labels import Labels, complete_people
+from cigpose.dataset.labels import OwnLabels, complete_people
 from cigpose.files.archives import Extent, ExtentReader, MemberLookup, list_members
 from cigpose.files.errors import DataError
 from cigpose.files.jpeg import is_jpeg, jpeg_size
@@ -79,7 +79,7 @@ class Photographs:
 
 def read_labels(
     path: Path, photographs: Photographs, category: str | None = None, names: Sequence[str] | None = None
-) -> Labels:
+) -> OwnLabels:
     """People, pictures and keypoints of a file of labels, each person with a box and an area.
 
     Pictures that are not there are left out with their people, and told of in `notes`.
@@ -105,7 +105,7 @@ def read_labels(
     return labels
 
 
-def _read(path: Path, photographs: Photographs, category: str | None, names: Sequence[str] | None) -> Labels:
+def _read(path: Path, photographs: Photographs, category: str | None, names: Sequence[str] | None) -> OwnLabels:
     ending = path.suffix.lower()
     if ending == ".xml":
         return read_cvat_labels(path, category)
@@ -129,7 +129,7 @@ def _read(path: Path, photographs: Photographs, category: str | None, names: Seq
     raise DataError(f"{path}: JSON of another kind. {EXPECTED}.")
 
 
-def _keep_what_is_there(labels: Labels, photographs: Photographs) -> None:
+def _keep_what_is_there(labels: OwnLabels, photographs: Photographs) -> None:
     """Leave out pictures that are not there, and have the true size of those that are."""
     kept, missing, wrong = {}, [], 0
     for image in labels.images:
@@ -156,7 +156,7 @@ def _keep_what_is_there(labels: Labels, photographs: Photographs) -> None:
         setattr(labels, name, [person for person in getattr(labels, name) if person["image_id"] in kept])
 
 
-def _number(labels: Labels) -> None:
+def _number(labels: OwnLabels) -> None:
     """Whole numbers as ids, as COCO has them, where a tool wrote others."""
     for what, key in (("images", "image_id"), ("people", "repeats")):
         entries = getattr(labels, what)

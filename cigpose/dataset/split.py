@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.files.errors import DataError
 
 LEAST_SHARE, LARGEST_SHARE, WANTED_PEOPLE = 0.1, 0.3, 200
@@ -21,7 +21,7 @@ def held_out_share(num_people: int) -> float:
 
 
 def split_pictures(
-    labels: Labels, share: float, by: Literal["picture", "folder"] = "picture"
+    labels: OwnLabels, share: float, by: Literal["picture", "folder"] = "picture"
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Pictures to train on, and to measure on; those with nobody stay with the former.
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.dataset.limbs import limb_groups
 from cigpose.dataset.names import (
     ASSUMED_SIGMA,
+    coco_spelling,
     guess_flip_pairs,
     halves,
     known_set,
     part_of,
-    plain_name,
     published_sigmas,
 )
 from cigpose.files.errors import DataError
@@ -43,7 +43,7 @@ def names_asked_for(text: str) -> tuple[str, ...]:
 
 
 def make_table(
-    labels: Labels, name: str, names: Sequence[str] | None, given_sigmas: Mapping[str, float] | None
+    labels: OwnLabels, name: str, names: Sequence[str] | None, given_sigmas: Mapping[str, float] | None
 ) -> Table:
     """The table of a file of labels.
 
@@ -84,7 +84,7 @@ def make_table(
     return Table(value=_mapping(name, names, pairs, labels.edges, values, origin), notes=tuple(notes))
 
 
-def _names(labels: Labels, names: Sequence[str] | None) -> tuple[str, ...]:
+def _names(labels: OwnLabels, names: Sequence[str] | None) -> tuple[str, ...]:
     count = labels.num_keypoints
     if names is None and not labels.names:
         known = {14: ", or crowdpose if they are CrowdPose's", 17: ", or coco if they are COCO's"}.get(count, "")
@@ -99,7 +99,7 @@ def _names(labels: Labels, names: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _with_fields(known: KeypointSet, labels: Labels) -> KeypointSet:
+def _with_fields(known: KeypointSet, labels: OwnLabels) -> KeypointSet:
     """COCO-WholeBody in place of COCO, where the people have its other fields."""
     whole = keypoint_set("coco_wholebody")
     has_fields = all(whole.annotation_fields.keys() <= person.keys() for person in labels.people[:100])
@@ -108,9 +108,9 @@ def _with_fields(known: KeypointSet, labels: Labels) -> KeypointSet:
 
 def _known_edges(names: Sequence[str]) -> tuple[Edge, ...]:
     """Lines of published skeletons between keypoints of these names."""
-    place = {plain_name(name): i for i, name in enumerate(names)}
+    place = {coco_spelling(name): i for i, name in enumerate(names)}
     for known in (keypoint_set("crowdpose"), keypoint_set("coco")) if "neck" in place else (keypoint_set("coco"),):
-        plain = [plain_name(name) for name in known.names]
+        plain = [coco_spelling(name) for name in known.names]
         edges = [(place[plain[a]], place[plain[b]]) for a, b in known.lines if plain[a] in place and plain[b] in place]
         if edges:
             return tuple(edges)

@@ -77,7 +77,7 @@ def video_writer(
         yield lambda frame: None
         return
     with written_file(path) as part:
-        with plain_name(part, ".mp4") as name:
+        with ascii_link(part, ".mp4") as name:
             writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
             try:
                 if not writer.isOpened():
@@ -95,9 +95,9 @@ def _add_sound(video: Path, source: Path) -> None:
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         return
-    with tempfile.TemporaryDirectory(prefix=".sound-", dir=video.parent) as folder, plain_name(video, ".mp4") as silent:
+    with tempfile.TemporaryDirectory(prefix=".sound-", dir=video.parent) as folder, ascii_link(video, ".mp4") as silent:
         target = Path(folder) / "video.mp4"
-        with plain_name(source, source.suffix) as name:
+        with ascii_link(source, source.suffix) as name:
             for codec in ("copy", "aac"):  # not every sound fits into an mp4 as it is
                 command = [ffmpeg, "-v", "error", "-nostdin", "-y", "-i", silent, "-i", name, "-map", "0:v", "-map"]
                 command += ["1:a", "-c:v", "copy", "-c:a", codec, str(target)]
@@ -107,7 +107,7 @@ def _add_sound(video: Path, source: Path) -> None:
 
 
 @contextlib.contextmanager
-def plain_name(path: Path, ending: str) -> Iterator[str]:
+def ascii_link(path: Path, ending: str) -> Iterator[str]:
     """A link: OpenCV crashes on names that are not UTF-8, and goes by the ending."""
     with tempfile.TemporaryDirectory(prefix="cigpose-") as folder:
         link = Path(folder) / f"video{ending}"

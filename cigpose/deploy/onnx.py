@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cigpose.codec import num_bins
-from cigpose.config import config_from_mapping
+from cigpose.config import Config, config_from_mapping
 from cigpose.deploy.sessions import MissingPackageError, open_session
+from cigpose.evaluate.checkpoint import measure
 from cigpose.model.estimator import Normalize
 
 CONFIG_KEY = "cigpose_config"
@@ -112,3 +113,17 @@ def require_packages(*modules: str) -> None:
         raise MissingPackageError(
             f"{', '.join(missing)} not installed, which ONNX files need. Run `pip install {' '.join(missing)}`."
         )
+
+
+def onnx_figures(exported: Path, config: Config, shards_root: Path) -> dict[str, float]:
+    """`whole_onnx/<figure>` -> value of an exported file over all keypoints, where `registry.measure_onnx` asks for it.
+
+    Raises:
+        FileNotFoundError, ValueError: shards or labels are missing, or do not fit.
+    """
+    if not config.registry.measure_onnx:
+        return {}
+    figures = measure(OnnxModel(exported), config, shards_root=shards_root)
+    return {
+        name.replace("whole/", "whole_onnx/"): value for name, value in figures.items() if name.startswith("whole/")
+    }

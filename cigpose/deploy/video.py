@@ -26,7 +26,7 @@ import numpy as np
 
 from cigpose.deploy.ahead import read_ahead
 from cigpose.deploy.boxes import BoxFile
-from cigpose.deploy.drawing import Painter, plain_name, refuse_existing, video_writer
+from cigpose.deploy.drawing import Painter, ascii_link, refuse_existing, video_writer
 from cigpose.deploy.journal import Journal
 from cigpose.deploy.media import Outcome, pose_record
 from cigpose.deploy.predictor import Predictor
@@ -217,7 +217,7 @@ def _frames(reader: Any) -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def _reader(path: Path) -> Iterator[Any]:
-    with plain_name(path, path.suffix) as name:
+    with ascii_link(path, path.suffix) as name:
         reader = cv2.VideoCapture(name)
         try:
             yield reader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from datetime import UTC, datetime
@@ -17,30 +18,45 @@ from cigpose.config import Config
 from cigpose.files.atomic import write_json, written_folder
 from pipelines.registry.gate import Change, Decision, Rules, compare, incomparable
 from pipelines.registry.measurement import Measurement
-from pipelines.registry.versions import ROLLED_BACK_TAG, Registry, RegistryError
+from pipelines.registry.versions import CHAMPION, ROLLED_BACK_TAG, Registry, RegistryError
 from pipelines.tracking.address import connect, run_url, tracking_address
+from pipelines.tracking.database import database_path
+
+_ADDRESS = re.compile(r"models:/?(?P<model>[^/@]+)(/(?P<number>\d+)|@(?P<alias>[^/@]+))?")
 
 
 def open_registry(config: Config, model: str | None = None) -> tuple[MlflowClient, Registry]:
-    """The registry of an experiment, and the client it is reached by.
+    """The registry of an experiment, and the client it is reached by: `registry_at` its address.
 
     Args:
         config: says where MLflow is.
         model: registered model; None: `registry.model`.
+    """
+    return registry_at(tracking_address(config), model or config.registry.model)
+
+
+def registry_at(address: str, model: str) -> tuple[MlflowClient, Registry]:
+    """The registry at an address of MLflow, and the client it is reached by.
 
     Raises:
-        RegistryError: nothing was registered under that name.
+        RegistryError: nothing was registered under that name; no database is made for whoever only looks.
+        UnreachableError, MlflowException: MLflow does not answer, or with an error.
     """
-    address = tracking_address(config)
-    mlflow.set_tracking_uri(address)
-    client, name = connect(address), model or config.registry.model
+    path = database_path(address)
+    if path is not None and not path.is_file():
+        raise RegistryError(
+            f"{path}: no registry there. `dvc repro` in the project's folder makes it; MLFLOW_TRACKING_URI may name "
+            "another."
+        )
+    mlflow.set_tracking_uri(address)  # a sqlite registry looks logged models up at the global address
+    client = connect(address)
     try:
-        client.get_registered_model(name)
+        client.get_registered_model(model)
     except MlflowException as err:
         if err.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise RegistryError(f"{name}: no model of that name is registered. `dvc repro` registers one.") from err
-    return client, Registry(client, name)
+        raise RegistryError(f"{model}: no model of that name is registered. `dvc repro` registers one.") from err
+    return client, Registry(client, model)
 
 
 def version_facts(client: MlflowClient, config: Config, version: ModelVersion, metric: str) -> dict[str, Any]:
@@ -100,16 +116,17 @@ def compared(registry: Registry, first: ModelVersion, second: ModelVersion, rule
 def split_name(name: str) -> tuple[str | None, str]:
     """Model and version (or alias) of `models:/NAME@ALIAS`, `models:/NAME/VERSION`, or of a version or alias alone.
 
+    `models:/NAME` is its champion.
+
     Raises:
         RegistryError: it is none of these.
     """
     if not name.startswith("models:"):
         return None, name
-    path = name.removeprefix("models:").lstrip("/")
-    model, _, version = path.partition("@") if "@" in path else path.rpartition("/")
-    if not model or not version:
+    asked = _ADDRESS.fullmatch(name)
+    if not asked:
         raise RegistryError(f"{name}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
-    return model, version
+    return asked["model"], asked["number"] or asked["alias"] or CHAMPION
 
 
 def pull(client: MlflowClient, version: ModelVersion, folder: Path) -> None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import sys
 from pathlib import Path
 
 import mlflow
 import platformdirs
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -24,12 +22,11 @@ from cigpose.files.addresses import without_credentials
 from cigpose.files.atomic import claimed, clear_leftovers, written_folder
 from cigpose.files.digest import sha256_of
 from pipelines.lineage import project_root
-from pipelines.registry.versions import CHAMPION, WEIGHTS_TAG
-from pipelines.tracking.address import be_impatient, connect, tracking_address
-from pipelines.tracking.database import database_path
+from pipelines.registry.catalogue import registry_at, split_name
+from pipelines.registry.versions import WEIGHTS_TAG, RegistryError
+from pipelines.tracking.address import be_impatient, tracking_address
 
 WEIGHTS = "model.safetensors"
-_ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+)|@(?P<alias>[^/@]+))?")
 
 
 def fetch_model(address: str, cache: Path | None = None) -> Path:
@@ -40,18 +37,18 @@ def fetch_model(address: str, cache: Path | None = None) -> Path:
         cache: folder; None for the user's.
 
     Raises:
-        ValueError: it is no such address, there is no such version, or what was fetched is not what was registered.
+        RegistryError: it is no such address, or there is no such version.
+        ValueError: what was fetched is not what was registered.
         OSError: the registry does not answer.
     """
-    where = _registry()
-    place, version = without_credentials(where), _asked_version(address, where)
+    where = _registry_address()
+    version, place = _asked_version(address, where), without_credentials(where)
     identity = f"{place} {version.name} {version.version} {version.source} {version.creation_timestamp}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = (cache or Path(platformdirs.user_cache_dir("cigpose")) / "models") / f"{version.name}-{key}"
     with claimed(folder.with_name(f"{folder.name}.lock"), f"fetching {address}", wait=True):
         clear_leftovers(folder)
         if not (folder / WEIGHTS).is_file():
-            mlflow.set_tracking_uri(where)  # a sqlite registry looks logged models up at the global address
             with written_folder(folder) as part:
                 _download(version, part, address)
     return folder / WEIGHTS
@@ -61,40 +58,27 @@ def resolve_version(address: str) -> str:
     """The address models:/NAME/VERSION of what an address means now, as its alias may mean another version tomorrow.
 
     Raises:
-        ValueError: it is no such address, or there is no such version.
+        RegistryError: it is no such address, or there is no such version.
         OSError: the registry does not answer.
     """
-    version = _asked_version(address, _registry())
+    version = _asked_version(address, _registry_address())
     return f"models:/{version.name}/{version.version}"
 
 
-def _asked_version(address: str, registry: str) -> ModelVersion:
-    asked = _ADDRESS.fullmatch(address)
-    if not asked:
-        raise ValueError(f"{address}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
-    alias = asked["alias"] or CHAMPION
-    return _version(connect(registry), asked["name"], asked["version"], alias, without_credentials(registry))
+def _asked_version(address: str, registry_address: str) -> ModelVersion:
+    model, number = split_name(address)
+    if model is None:
+        raise RegistryError(f"{address}: expected models:/NAME@ALIAS or models:/NAME/VERSION.")
+    _, registry = registry_at(registry_address, model)
+    return registry.get(number)
 
 
-def _registry() -> str:
+def _registry_address() -> str:
     """Address of MLflow: of the project in the working directory, else MLFLOW_TRACKING_URI."""
     root, params = project_root(), project_root() / "params.yaml"
     if params.is_file():
-        address = tracking_address(load_params(params), root)
-    else:
-        address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
-    path = database_path(address)
-    if path is not None and not path.is_file():
-        raise ValueError(f"{path}: no registry there. Go to the project's folder, or set MLFLOW_TRACKING_URI.")
-    return address
-
-
-def _version(client: MlflowClient, name: str, number: str | None, alias: str, place: str) -> ModelVersion:
-    try:
-        return client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias)
-    except MlflowException as err:
-        wanted = f"version {number}" if number else f"version with the alias {alias!r}"
-        raise ValueError(f"{place}: has no {wanted} of a model {name!r}.") from err
+        return tracking_address(load_params(params), root)
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
 
 
 def _download(version: ModelVersion, folder: Path, address: str) -> None:
@@ -123,7 +107,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         print(fetch_model(arguments[0]))
-    except (ValueError, OSError, MlflowException) as err:
+    except (RegistryError, ValueError, OSError, MlflowException) as err:
         print(without_credentials(str(err).splitlines()[0]), file=sys.stderr)
         return 1
     return 0

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from cigpose.config import Config
+from cigpose.deploy.onnx import onnx_figures
 from cigpose.evaluate.checkpoint import evaluate_checkpoint
 from pipelines.registry.card import description
 from pipelines.registry.gate import Decision, Rules
@@ -42,7 +43,9 @@ def measure_again(
         weights = package / "artifacts/model.safetensors"
         evaluation = evaluate_checkpoint(weights, config, shards_root=shards, device=device)
         assert evaluation is not None  # one process: this is rank 0
-        measured = write_measurement(evaluation, evaluation.metrics, Path(place), shards)
+        exported = weights.with_name("model.onnx")
+        figures = onnx_figures(exported, evaluation.config, shards) if exported.is_file() else {}
+        measured = write_measurement(evaluation, evaluation.metrics | figures, Path(place), shards)
         measured = replace(measured, matches=log_matches(client, version.run_id, Path(place) / MATCHES))
     before = Measurement.from_tags(version.tags)
     if (before.data, before.protocol) == (measured.data, measured.protocol):

@@ -33,7 +33,7 @@ ROLLED_BACK_TAG = "rolled_back"
 """Of a version that was champion until someone moved the alias by hand."""
 
 
-class RegistryError(RuntimeError):
+class RegistryError(ValueError):
     """What the registry cannot do, in one sentence."""
 
 

@@ -90,11 +90,12 @@ def train_on_ray(config: Config, settings: dict[str, Any], on_event: Callable[[E
 
 
 def _sent(start: StartingModel | None) -> dict[str, Any] | None:
-    """The network to start from as workers get it, whose nodes may have none of the driver's files."""
+    """The network to start from as workers get it: on other nodes, which have none of the driver's files, by Ray."""
     if start is None:
         return None
     config = start.config.to_mapping() if start.config else None
-    return {"content": ray.put(start.read()), "config": config, "where": start.where, "sha256": start.sha256}
+    content = ray.put(start.read()) if is_joined() else None
+    return {"content": content, "config": config, "where": start.where, "sha256": start.sha256}
 
 
 def _torch_config(use_gpu: bool, private: Path | None) -> TorchConfig:

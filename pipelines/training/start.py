@@ -122,10 +122,12 @@ def plan_start(config: Config) -> tuple[StartingModel | None, WeightTransfer | N
         WeightsError: nothing of it fits.
         ValueError: `train.optimizer.learning_rate_factors` does not fit the network.
     """
-    start = read_start(config)
+    start, factors = read_start(config), config.train.optimizer.learning_rate_factors
+    if start is None and not factors:
+        return None, None
     with torch.device("meta"):
         model = build_model(config)
-    refuse_unknown_parts(model, config.train.optimizer.learning_rate_factors)
+    refuse_unknown_parts(model, factors)
     if start is None:
         return None, None
     given = {name: tensor.to("meta") for name, tensor in read_state_dict(FILE).items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from cigpose.train.loop import train
 from cigpose.train.place import Place, StartingModel
 from cigpose.train.state import TrainState
 from pipelines.training.cluster import TrainingError, refuse_other_folder
+from pipelines.training.start import FILE
 
 CROPS_SHOWN = 16
 
@@ -87,7 +90,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
             root=root,
             store=CheckpointStore(settings["checkpoints"], config.train.checkpoint.keep),
             params=settings["params"],
-            start=_received(settings["start"]),
+            start=_received(settings["start"], root),
         )
         result = train(config, place, messenger)
         return result if rank == 0 else None
@@ -98,14 +101,14 @@ def work(settings: dict[str, Any]) -> dict[str, Any] | None:
         raise
 
 
-def _received(sent: dict[str, Any] | None) -> StartingModel | None:
+def _received(sent: dict[str, Any] | None, root: Path) -> StartingModel | None:
     """What `pipelines.training.driver` sent of the network to start from; its bytes come when they are asked for."""
     if sent is None:
         return None
     config = config_from_mapping(sent["config"]) if sent["config"] else None
-    return StartingModel(
-        read=lambda: ray.get(sent["content"]), config=config, where=sent["where"], sha256=sent["sha256"]
-    )
+    content: Any = sent["content"]
+    read: Callable[[], Any] = (root / FILE).read_bytes if content is None else functools.partial(ray.get, content)
+    return StartingModel(read=read, config=config, where=sent["where"], sha256=sent["sha256"])
 
 
 def explain(err: Exception, params: dict[str, Any]) -> str | None:

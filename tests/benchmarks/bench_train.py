@@ -167,7 +167,7 @@ def on_ray(config: Config, root: Path) -> float:
             watch.on_event(event)
 
         settings = {"root": str(root), "run_folder": str(folder), "checkpoints": str(folder / "c"), "params": {}}
-        cluster.train_on_ray(config, settings | {"shown_images": watch.shown_images}, on_event)
+        cluster.train_on_ray(config, settings | {"shown_images": watch.shown_images, "start": None}, on_event)
         watch.close()
     return seconds_per_step(times.at)
 

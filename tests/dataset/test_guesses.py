@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from cigpose.config import config_from_mapping
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.dataset.limbs import limb_groups
-from cigpose.dataset.names import guess_flip_pairs, known_set, plain_name, published_sigmas
+from cigpose.dataset.names import coco_spelling, guess_flip_pairs, known_set, published_sigmas
 from cigpose.dataset.plan import Machine, choose_size, crop_size, make_plan
 from cigpose.dataset.split import held_out_share, refuse_shared_pictures, split_pictures
 from cigpose.dataset.table import make_table, names_asked_for
@@ -23,7 +23,7 @@ from cigpose.keypoints import COCO, CROWDPOSE, KeypointSet
     ],
 )  # fmt: skip
 def test_names_in_any_spelling_are_the_same(name: str, plain: str) -> None:
-    assert plain_name(name) == plain
+    assert coco_spelling(name) == plain
 
 
 @pytest.mark.parametrize("known", [COCO, CROWDPOSE], ids=lambda known: known.name)
@@ -60,7 +60,7 @@ def test_limbs_of_odd_skeletons(count: int, edges: list[tuple[int, int]], groups
     assert set(limb_groups(count, edges, ())) == groups
 
 
-def labels_of(names: tuple[str, ...] = (), people: int = 10, **more: object) -> Labels:
+def labels_of(names: tuple[str, ...] = (), people: int = 10, **more: object) -> OwnLabels:
     count = len(names) or 3
     images = [{"id": i, "file_name": f"day{i % 5}/{i}.jpg", "width": 40, "height": 40} for i in range(people)]
     persons = [
@@ -68,7 +68,7 @@ def labels_of(names: tuple[str, ...] = (), people: int = 10, **more: object) -> 
         for i in range(people)
     ]
     values = {"source": "l.json", "kind": "COCO", "images": images, "people": persons, "names": names}
-    return Labels(**{**values, "num_keypoints": count, **more})  # type: ignore[arg-type]
+    return OwnLabels(**{**values, "num_keypoints": count, **more})  # type: ignore[arg-type]
 
 
 def test_names_of_a_published_set_take_its_table() -> None:
@@ -105,7 +105,7 @@ def test_sigmas_of_the_file_and_of_the_user_come_first() -> None:
         (labels_of(), ("a", "b", "a"), "two keypoints have the same name"),
     ],
 )
-def test_a_table_without_names_is_refused(labels: Labels, names: tuple[str, ...] | None, said: str) -> None:
+def test_a_table_without_names_is_refused(labels: OwnLabels, names: tuple[str, ...] | None, said: str) -> None:
     with pytest.raises(DataError) as refused:
         make_table(labels, "mine", names, None)
     assert said in str(refused.value)

@@ -229,7 +229,9 @@ def test_a_folder_with_a_model_is_a_model(checkpoint: Path, picture: np.ndarray,
 def test_a_registry_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ValueError, match=r"mlflow.db: no registry there. Go to the project's folder") as caught:
+    with pytest.raises(
+        ValueError, match=r"mlflow.db: no registry there. `dvc repro` in the project's folder"
+    ) as caught:
         Predictor.load("models:/people@champion")
     assert len(str(caught.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,10 @@ import safetensors.torch
 import torch
 from train_stage import Stage
 
+from cigpose.config import load_params
+from cigpose.model.estimator import build_model
+from cigpose.model.weights import save_weights
+from pipelines.training.start import keep_start
 from pipelines.training.worker import explain
 
 PARAMS = {"train": {"batch_total": 64, "accumulate_steps": 2, "cluster": {"num_workers": 4}}}
@@ -83,11 +87,18 @@ def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
     two_nodes: tuple[object, str],
     served: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     min_workers: int | None,
 ) -> None:
     cluster, address = two_nodes
     shutil.rmtree(stage.folder / ".runs", ignore_errors=True)
+    monkeypatch.chdir(stage.folder)
+    stage.params()
+    first = tmp_path / "first.safetensors"
+    save_weights(first, build_model(load_params()).state_dict(), load_params())
+    keep_start("models:/first/1", first, "models:/first/1")  # only the driver has its file
     stage.params(
+        train__start_from="models:/first/1",
         train__epochs=6,
         train__cluster={"num_workers": 2, "use_gpu": False, "min_workers": min_workers},
         train__checkpoint={"every_steps": 2, "every_minutes": None, "keep": 2},

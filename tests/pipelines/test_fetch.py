@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cigpose.config import Config
+from cigpose.config import Config, config_from_mapping, load_params
+from cigpose.config.params_file import write_params
 from cigpose.deploy.predictor import Predictor
 from cigpose.evaluate.calibration import Calibration
 from cigpose.files.digest import sha256_of
-from pipelines import register
+from cigpose.model.weights import read_config
+from pipelines import download, register
 from pipelines.registry import fetch
+from pipelines.registry.versions import RegistryError
+from pipelines.training.start import read_start
 
 
 @pytest.mark.slow  # registers a model, and fetches it in a process of its own
@@ -31,12 +35,21 @@ def test_the_champion_is_loaded_by_its_name_with_its_calibration(
 
     cached = list((project / "cache").rglob("model.safetensors"))
     monkeypatch.setattr(fetch, "_download", lambda *_: pytest.fail("fetched again"))
+    values = {
+        **config.to_mapping(),
+        "train": {**config.to_mapping()["train"], "start_from": "models:/cigpose-quickstart"},
+    }
+    write_params(config_from_mapping(values), project / "params.yaml")
+    assert download.main(["pretrained"]) == 0  # a training may start from it, whatever the alias means tomorrow
+    start = read_start(load_params())
+    assert start is not None and start.read() == weights.read_bytes()
+    assert (start.where, start.config) == ("models:/cigpose-quickstart/1", read_config(weights))
     for address in ("models:/cigpose-quickstart", "models:/cigpose-quickstart/1"):
         assert [fetch.fetch_model(address)] == cached
     for address, sentence in {
-        "models:/cigpose-quickstart@best": "has no version with the alias 'best' of a model 'cigpose-quickstart'",
-        "models:/nobody/3": "has no version 3 of a model 'nobody'",
+        "models:/cigpose-quickstart@best": "cigpose-quickstart has no version best. The newest: 1; aliases: champion.",
+        "models:/nobody/3": "nobody: no model of that name is registered",
         "models:/a/b/c": "expected models:/NAME@ALIAS or models:/NAME/VERSION",
     }.items():
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(RegistryError, match=sentence):
             fetch.fetch_model(address)

@@ -119,7 +119,7 @@ def test_a_version_is_promoted_with_the_gate_or_against_it_and_rolled_back(add, 
         (["compare", "1", "champion"], 1, "both are version 1"),
         (["list", "--name", "other"], 1, "no model of that name is registered"),
         (["list", "--params", "none.yaml"], 1, "none.yaml: not found"),
-        (["pull", "models:/x", "DIR"], 1, "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
+        (["pull", "models:/a/b/c", "DIR"], 1, "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
         (["pull", "1", "."], 1, "not written over"),
         (["compare", "1"], 2, "required: B"),
     ],
@@ -133,6 +133,14 @@ def test_what_cannot_be_done_is_one_sentence(add, capsys, arguments: list[str], 
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
     assert code == 2 or error.count("\n") == 1
+
+
+def test_who_only_looks_makes_no_database(project: Path, config: Config, capsys) -> None:
+    write_params(config, project / "params.yaml")
+    (project / "mlflow.db").unlink()
+    assert main(["models", "list"]) == 1
+    assert "mlflow.db: no registry there. `dvc repro` in the project's folder makes it" in capsys.readouterr().err
+    assert not list(project.glob("mlflow.db*"))
 
 
 @pytest.mark.slow
@@ -152,7 +160,7 @@ def test_what_is_pulled_predicts(project: Path, trained, config: Config, capsys)
 
 @pytest.mark.slow
 def test_a_champion_measured_again_is_compared_again(
-    project: Path, stage: Stage, trained, measure, capsys: pytest.CaptureFixture[str]
+    project: Path, stage: Stage, trained, measure, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recipe of docs/operations.md: `evaluate` was changed, and nothing is trained for it."""
     stage.params()
@@ -165,7 +173,15 @@ def test_a_champion_measured_again_is_compared_again(
         measure(project, protocol, {"whole": {"AP": 0.5}})
         registered = register.register(protocol, project)
     assert registered["decision"] == "not_comparable" and "`cigpose models evaluate 1`" in registered["decision_text"]
+    measured: list[tuple[bytes, str]] = []  # the file is no network here: what is made of one, test_exported.py shows
+
+    def figures(exported: Path, config: Config, shards: Path) -> dict[str, float]:
+        measured.append((exported.read_bytes(), config.evaluate.person_score))
+        return {"whole_onnx/AP": 0.25}
+
+    monkeypatch.setattr("pipelines.registry.remeasure.onnx_figures", figures)
     assert main(["models", "evaluate", "champion"]) == 0
+    assert measured == [((project / "data/report/model.onnx").read_bytes(), "keypoints")]
     printed = capsys.readouterr().out
     assert "version 2 is the new champion: whole/AP 0.5000 against 0.0000 of version 1" in printed
     client = connect(f"sqlite:///{project}/mlflow.db")
@@ -173,3 +189,4 @@ def test_a_champion_measured_again_is_compared_again(
     first, second = (Measurement.from_tags(client.get_model_version(MODEL, number).tags) for number in "12")
     assert (first.data, first.protocol) == (second.data, second.protocol)
     assert first.matches and first.metrics["body/AP"] == 0.0  # of weights that were never trained
+    assert first.metrics["whole_onnx/AP"] == 0.25

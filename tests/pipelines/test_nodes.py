@@ -19,10 +19,11 @@ from cigpose.render import render_dataset
 from cigpose.shard.write import write_dataset
 from cigpose.train.checkpoints import CheckpointStore
 from cigpose.train.loop import train
-from cigpose.train.place import Place
+from cigpose.train.place import Place, StartingModel
 from cigpose.train.state import influential_params
-from pipelines.training import cluster
+from pipelines.training import cluster, driver, worker
 from pipelines.training.cluster import TrainingError
+from pipelines.training.start import FILE
 from pipelines.training.worker import explain
 
 
@@ -101,6 +102,27 @@ def test_a_node_that_sees_another_folder_of_checkpoints_is_refused_in_a_sentence
     assert not any((tmp_path / "run/checkpoints").iterdir())
     with cluster.marked("s3://bucket/run") as marker:
         cluster.refuse_other_folder(marker)
+
+
+def test_a_node_without_the_drivers_files_gets_the_network_to_start_from_by_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "put", lambda content: ("kept by Ray", content))
+    monkeypatch.setattr(ray, "get", lambda reference: reference[1])
+    content, config = b"weights", make_config()
+    start = StartingModel(read=lambda: content, config=config, where="models:/first/1", sha256="0" * 64)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    received = worker._received(driver._sent(start), tmp_path)
+    assert received is not None and received.read() == content
+    assert (received.config, received.where, received.sha256) == (config, start.where, start.sha256)
+    monkeypatch.delenv("RAY_ADDRESS")  # this machine alone has the file, and Ray's memory is small
+    (tmp_path / FILE).parent.mkdir(parents=True)
+    (tmp_path / FILE).write_bytes(b"the file")
+    sent = driver._sent(start)
+    received = worker._received(sent, tmp_path)
+    assert sent is not None and sent["content"] is None
+    assert received is not None and received.read() == b"the file"
+    assert worker._received(driver._sent(None), tmp_path) is None
 
 
 def test_what_a_killed_driver_marked_its_folder_with_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -16,9 +16,14 @@ import pytest
 import torch
 from train_stage import Stage
 
+from cigpose.config import load_params
+from cigpose.model.estimator import build_model
+from cigpose.model.weights import save_weights
+from pipelines import download
 from pipelines.tracking.address import connect
 from pipelines.tracking.run import Run
 from pipelines.tracking.sync import sync_run
+from pipelines.training import start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -167,3 +172,35 @@ def test_checkpoints_of_other_params_at_an_address_are_refused_until_restart(sta
     kept = [path for folder in (stage.folder, tmp_path) for path in folder.rglob("*") if path.is_file()]
     holders = {path.name for path in kept if b"HANDED-OUT-TO-ME" in path.read_bytes()}
     assert holders == {"params.yaml"} and b"HANDED-OUT" not in (stage.folder / "data/model/params.yaml").read_bytes()
+
+
+def test_the_stage_trains_from_another_model_and_tells_what_it_took(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stage.folder)
+    body = {"evaluate__metric": "body/AP", "train__validation__metric": "body/AP"}
+    stage.params(keypoints="crowdpose", model__causal__train_top_k=1, **body)
+    source = load_params()
+    given = build_model(source).state_dict()
+    save_weights(tmp_path / "model.safetensors", given, source)
+    stage.params(
+        train__start_from=str(tmp_path / "model.safetensors"),
+        train__epochs=1,
+        train__optimizer__learning_rate_factors={"backbone": 0.0, "head.cls_gx": 0.0},
+    )
+    assert download.main(["pretrained"]) == 0
+    code, output = stage.run()
+    assert code == 0, output[-3000:]
+    assert f"train: starts from {tmp_path}/model.safetensors:\n  " in output
+    assert "12 of 133 keypoints by name from crowdpose (anew: nose, left_eye, right_eye and 118 more)" in output
+    weights = stage.weights()
+    resting = [name for name in given if name.startswith(("backbone.", "head.cls_gx."))]
+    assert all(torch.equal(weights[name], given[name]) for name in resting)
+    report = json.loads((stage.folder / "data/model/record" / start.REPORT).read_text())
+    assert set(report["mapped"]) == {name for name in weights if weights[name].shape != given[name].shape}
+    assert {*report["taken"], *report["mapped"]} == set(weights) and not report["anew"]
+    assert report["keypoints"]["matched"] == [
+        name for name in load_params().keypoint_set.names if name in source.keypoint_set.names
+    ]
+    run = json.loads((stage.folder / "data/model/run.json").read_text())
+    assert run["start_from"] == {name: report[name] for name in ("from", "sha256", "summary")}

@@ -91,6 +91,7 @@ def starting(tiny_config: Any) -> StartingModel:
     )
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_from_another_network_with_a_frozen_part_ends_as_if_it_had_not_been_killed(
     tiny_config: Any, shards: Path, tmp_path: Path, starting: StartingModel
 ) -> None:

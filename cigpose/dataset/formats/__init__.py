@@ -1,1 +1,1 @@
-"""Readers of what annotation tools write: each gives `Labels`."""
+"""Readers of what annotation tools write: each gives `OwnLabels`."""

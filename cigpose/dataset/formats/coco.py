@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.files.errors import DataError, shown
 from cigpose.keypoints import Edge
 
 
-def read_coco_labels(document: Mapping[str, Any], source: str, category: str | None) -> Labels:
+def read_coco_labels(document: Mapping[str, Any], source: str, category: str | None) -> OwnLabels:
     """The people of one category of a COCO-keypoints file.
 
     Args:
@@ -39,7 +39,7 @@ def read_coco_labels(document: Mapping[str, Any], source: str, category: str | N
             "x, y and visibility for each keypoint."
         )
     names = _names(entry, count // 3, source)
-    labels = Labels(
+    labels = OwnLabels(
         source=source,
         kind="COCO keypoints JSON",
         images=[_image(image, source) for image in lists["images"]],
@@ -94,7 +94,7 @@ def _image(image: dict[str, Any], source: str) -> dict[str, Any]:
     return dict(image)
 
 
-def _edges(skeleton: list[Any], count: int, labels: Labels) -> tuple[Edge, ...]:
+def _edges(skeleton: list[Any], count: int, labels: OwnLabels) -> tuple[Edge, ...]:
     """From 0; COCO counts from 1, some tools from 0."""
     edges = [(int(edge[0]), int(edge[1])) for edge in skeleton if len(edge) == 2 and edge[0] != edge[1]]
     ends = [end for edge in edges for end in edge]

@@ -9,12 +9,12 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.files.errors import DataError, shown
 from cigpose.keypoints import Edge
 
 
-def read_cvat_labels(path: Path, category: str | None) -> Labels:
+def read_cvat_labels(path: Path, category: str | None) -> OwnLabels:
     """The people of one label of a CVAT export.
 
     A keypoint that is outside has none, one that is occluded is labelled and hidden.
@@ -47,7 +47,7 @@ def read_cvat_labels(path: Path, category: str | None) -> Labels:
     if kind == "skeleton" and not names:
         of_all = (point.get("label", "") for shape in shapes for point in shape.findall("points"))
         names = tuple(dict.fromkeys(of_all))
-    labels = Labels(source=str(path), kind=f"CVAT, {kind}", images=[], people=[], names=names, edges=edges)
+    labels = OwnLabels(source=str(path), kind=f"CVAT, {kind}", images=[], people=[], names=names, edges=edges)
     for image in images:
         entry = _image(image, path, len(labels.images) + 1)
         labels.images.append(entry)

@@ -8,14 +8,14 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.files.errors import DataError, shown
 
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-")
 """What Label Studio puts before the name of an uploaded picture."""
 
 
-def read_label_studio_labels(tasks: Sequence[Any], source: str, names: Sequence[str] | None) -> Labels:
+def read_label_studio_labels(tasks: Sequence[Any], source: str, names: Sequence[str] | None) -> OwnLabels:
     """The people of a list of tasks.
 
     Keypoints belong to the rectangle that is their parent, else to the smallest one around them, else to the picture's
@@ -42,7 +42,7 @@ def read_label_studio_labels(tasks: Sequence[Any], source: str, names: Sequence[
     order = tuple(names or found)
     if unknown := [name for name in found if name not in order]:
         raise DataError(f"{source}: has keypoints {', '.join(unknown)} that --keypoints does not name. Name them all.")
-    labels = Labels(source=source, kind="Label Studio", images=[], people=[], names=order, num_keypoints=len(order))
+    labels = OwnLabels(source=source, kind="Label Studio", images=[], people=[], names=order, num_keypoints=len(order))
     if names is None:
         labels.notes.append("Keypoints are in the order in which the labels have them; --keypoints gives another.")
     for task, finished in done:

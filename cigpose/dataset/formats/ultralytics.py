@@ -12,7 +12,7 @@ from typing import Any
 
 from cigpose.config.document import read_yaml
 from cigpose.config.schema import ConfigError
-from cigpose.dataset.labels import Labels
+from cigpose.dataset.labels import OwnLabels
 from cigpose.files.archives import list_members
 from cigpose.files.errors import DataError, shown
 from cigpose.keypoints import Edge
@@ -21,7 +21,7 @@ Sizes = Mapping[str, Callable[[], tuple[int, int]]]
 """Name of a picture -> what tells its (width, height)."""
 
 
-def read_ultralytics_labels(path: Path, pictures: Sizes, category: str | None) -> Labels:
+def read_ultralytics_labels(path: Path, pictures: Sizes, category: str | None) -> OwnLabels:
     """The people of a data.yaml and its folder of labels.
 
     Args:
@@ -37,7 +37,7 @@ def read_ultralytics_labels(path: Path, pictures: Sizes, category: str | None) -
     wanted = _class(about, path, category)
     root = path.parent / str(about.get("path") or "")
     texts = _texts(path.parent if not root.is_dir() else root)
-    labels = Labels(source=str(path), kind="Ultralytics pose", images=[], people=[], num_keypoints=num)
+    labels = OwnLabels(source=str(path), kind="Ultralytics pose", images=[], people=[], num_keypoints=num)
     labels.flip_pairs = _flip_pairs(about, num, path)
     labels.names = tuple(str(name) for name in _keypoint_names(about, wanted))
     if labels.names and len(labels.names) != num:
