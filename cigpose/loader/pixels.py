@@ -96,12 +96,23 @@ class OriginalHSV(albumentations.ImageOnlyTransform):  # type: ignore[misc]
 
 
 class BlackDropout(albumentations.CoarseDropout):  # type: ignore[misc]
-    """CoarseDropout that writes black into the crop, a copy already: no further copy, no generator to fill the hole."""
+    """CoarseDropout of one hole that writes black into the crop, a copy already, and needs no generator to fill it."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """The hole of one call: the library's draws, one by one in its order, and not by arrays of one."""
+        height, width = params["shape"][:2]
+        rng = self.random_generator
+        self.py_random.randint(*self.num_holes_range)
+        tall = int(height * rng.uniform(*self.hole_height_range))
+        wide = int(width * rng.uniform(*self.hole_width_range))
+        top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
+        rng.integers(0, 2**32 - 1)  # what would fill it
+        return {"holes": np.array([(left, top, left + wide, top + tall)])}
 
     def apply(self, img: np.ndarray, holes: np.ndarray, **_: Any) -> np.ndarray:
-        """The same crop, with its holes (N, 4: left, top, right, bottom) black."""
-        for left, top, right, bottom in holes.tolist():
-            img[top:bottom, left:right] = 0
+        """The same crop, with its hole (1, 4: left, top, right, bottom) black."""
+        left, top, right, bottom = holes[0].tolist()
+        img[top:bottom, left:right] = 0
         return img
 
 
