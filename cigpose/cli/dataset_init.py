@@ -18,6 +18,24 @@ if TYPE_CHECKING:  # torch, OpenCV: only where they are needed
     from cigpose.dataset.table import Table
 
 
+GENERIC = frozenset(
+    {
+        "train",
+        "labels",
+        "data",
+        "annotations",
+        "keypoints",
+        "instances",
+        "result",
+        "export",
+        "images",
+        "photos",
+        "pictures",
+    }
+)
+"""Names of files and folders that name no data."""
+
+
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
     init = commands.add_parser(
@@ -98,9 +116,9 @@ def _init(options: argparse.Namespace) -> None:
 def _name(options: argparse.Namespace) -> str:
     """Name of the data: letters, digits and dashes."""
     text = options.name or options.labels.resolve().stem
-    if not options.name and text.lower() in {"train", "labels", "data", "annotations", "instances", "result", "export"}:
+    if not options.name and text.lower() in GENERIC:
         text = options.pictures.resolve().stem
-        if text.lower() in {"images", "photos", "pictures", "train", "data"}:
+        if text.lower() in GENERIC:
             text = options.pictures.resolve().parent.name
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "people"
     if options.name and name != options.name:

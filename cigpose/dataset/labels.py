@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,13 @@ class OwnLabels:
 
     @property
     def num_people(self) -> int:
-        """Persons, crowds aside."""
-        return sum(not person.get("iscrowd") for person in self.people)
+        """Persons that count, see `is_labelled`."""
+        return sum(map(is_labelled, self.people))
+
+
+def is_labelled(person: Mapping[str, Any]) -> bool:
+    """Whether a person can be trained on: is no crowd, and has a keypoint."""
+    return not person.get("iscrowd") and any(v > 0 for v in person["keypoints"][2::3])
 
 
 def complete_people(labels: OwnLabels) -> None:
@@ -60,6 +65,9 @@ def complete_people(labels: OwnLabels) -> None:
             person["area"] = AREA_SHARE * person["bbox"][2] * person["bbox"][3]
             no_area += 1
         person.setdefault("iscrowd", 0)
+    unlabelled = sum(not is_labelled(person) for person in labels.people)
+    if unlabelled:
+        labels.notes.append(f"{unlabelled} people are crowds or have no keypoint labelled: they are not trained on.")
     if no_box:
         labels.notes.append(
             f"{no_box} people have no box: theirs is the extent of their keypoints and {BOX_MARGIN:.0%} on each side."

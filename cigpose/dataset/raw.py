@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cigpose.dataset.labels import OwnLabels, coco_document
+from cigpose.dataset.labels import OwnLabels, coco_document, is_labelled
 from cigpose.dataset.reading import Photographs
 from cigpose.files.atomic import claimed, clear_leftovers, write_json, written_folder
 from cigpose.files.errors import DataError
@@ -35,9 +35,9 @@ class Side:
 
     @property
     def people(self) -> list[dict[str, Any]]:
-        """Who is on them, crowds aside."""
+        """Who is on them and can be trained on."""
         wanted = {image["id"] for image in self.images}
-        return [p for p in self.labels.people if p["image_id"] in wanted and not p.get("iscrowd")]
+        return [person for person in self.labels.people if person["image_id"] in wanted and is_labelled(person)]
 
 
 def dataset_keys(name: str) -> tuple[str, str]:

@@ -97,9 +97,11 @@ def read_labels(
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found. Give the file of your labels.")
     labels = _read(path, photographs, category, names)
-    if not labels.people:
-        raise DataError(f"{path}: nobody in it has keypoints. Is this the right file?")
+    if not labels.num_people:
+        raise DataError(f"{path}: nobody in it has a labelled keypoint. Is this the right file?")
     _keep_what_is_there(labels, photographs)
+    if not labels.num_people:
+        raise DataError(f"{path}: nobody is labelled on the pictures that are in {photographs.path}. Give all of them.")
     _number(labels)
     complete_people(labels)
     return labels

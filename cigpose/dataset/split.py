@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from cigpose.dataset.labels import OwnLabels
+from cigpose.dataset.labels import OwnLabels, is_labelled
 from cigpose.files.errors import DataError
 
 LEAST_SHARE, LARGEST_SHARE, WANTED_PEOPLE = 0.1, 0.3, 200
@@ -46,7 +46,7 @@ def split_pictures(
     for image in labels.images:
         to_val = labels.sides.get(image["file_name"]) == "val" if is_said else chance[image["id"]] < share
         (val if to_val else train).append(image)
-    peopled = {person["image_id"] for person in labels.people if not person.get("iscrowd")}
+    peopled = {person["image_id"] for person in labels.people if is_labelled(person)}
     for side, images in (("train", train), ("val", val)):
         if not any(image["id"] in peopled for image in images):
             units = len({_unit(image["file_name"], by) for image in labels.images})

@@ -77,7 +77,9 @@ def make_table(
         notes.append(f"No mate was found for {', '.join(alone)}: a mirrored person keeps them as they are.")
     if not pairs:
         notes.append("No keypoint has a mate (left_..., right_...): pictures are not mirrored, in training or test.")
-    labels.edges = labels.edges or _known_edges(names)
+    if not labels.edges and (lines := _known_edges(names)):
+        labels.edges = lines
+        notes.append(f"The file has no skeleton: {len(lines)} lines are those of COCO or CrowdPose, by the names.")
     if not labels.edges:
         notes.append("The file has no skeleton and the names tell none: all keypoints are one group, without lines.")
     values, origin = _sigmas(names, sigmas, origin, notes)

@@ -81,6 +81,7 @@ def test_presets_lists_computed_sizes_beside_published_figures(capsys: pytest.Ca
 COMMANDS = (
     *(["presets"], ["use"], ["shards"], ["shards", "inspect"], ["evaluate"], ["predict"], ["export"]),
     *(["detectors"], ["detectors", "list"], ["detectors", "pull"]),
+    *(["dataset"], ["dataset", "init"], ["dataset", "check"], ["dataset", "sigmas"]),
 )
 
 

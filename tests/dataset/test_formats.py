@@ -68,6 +68,15 @@ def test_people_without_box_and_area_get_them_and_it_is_told(folder: Path) -> No
     assert [note[:20] for note in labels.notes] == ["2 people have no box", "2 people have no are"]
 
 
+def test_people_without_keypoints_and_crowds_are_not_counted_and_told_of(folder: Path) -> None:
+    document = coco()
+    document["annotations"][0]["keypoints"] = [0] * 9
+    document["annotations"].append(document["annotations"][1] | {"id": 30, "iscrowd": 1})
+    labels = read(folder, json.dumps(document))
+    assert (labels.num_people, len(labels.people)) == (1, 3)  # evaluation wants the crowds
+    assert labels.notes == ["2 people are crowds or have no keypoint labelled: they are not trained on."]
+
+
 def test_missing_pictures_and_wrong_sizes_are_told_of(folder: Path) -> None:
     document = coco()
     document["images"][0]["file_name"] = "gone.jpg"
@@ -98,6 +107,11 @@ def with_other_category(document: dict[str, Any]) -> None:
     document["annotations"][0]["category_id"] = 2
 
 
+def without_the_picture_of_the_only_person(document: dict[str, Any]) -> None:
+    document["images"][0]["file_name"] = "x.jpg"
+    document["annotations"].pop()
+
+
 REFUSED = {
     "not json": ("{", "not valid JSON"),
     "other json": ("{}", "JSON of another kind"),
@@ -109,6 +123,8 @@ REFUSED = {
     "skeleton beyond": (broken(lambda d: d["categories"][0].update(skeleton=[[1, 4]])), "joins keypoints 1 to 4"),
     "sigmas": (broken(lambda d: d["categories"][0].update(sigmas=[0.1, 0, 1])), "expected 3 numbers above 0"),
     "two categories": (broken(with_other_category), "Choose one by --category"),
+    "nobody": (broken(lambda d: [a.update(keypoints=[0] * 9) for a in d["annotations"]]), "nobody in it has"),
+    "nobody here": (broken(without_the_picture_of_the_only_person), "nobody is labelled on the pictures"),
     "no picture": (broken(lambda d: [i.update(file_name="x.jpg") for i in d["images"]]), "none of the 2 pictures"),
 }  # fmt: skip
 

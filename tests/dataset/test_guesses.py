@@ -85,6 +85,14 @@ def test_sigmas_are_published_ones_by_name_and_otherwise_said_to_be_assumed() ->
     assert set(published_sigmas(["neck", "left_heel", "club"])) == {"neck", "left_heel"}
 
 
+def test_lines_of_a_file_without_skeleton_are_published_ones_and_told_of() -> None:
+    table = make_table(labels_of(("LWrist", "LElbow", "LShoulder")), "arm", None, None)
+    assert table.keypoints.edges == ((2, 1), (1, 0))
+    assert any("no skeleton: 2 lines" in note for note in table.notes)
+    alone = make_table(labels_of(("tail", "horn", "hoof")), "cow", None, None)
+    assert any("no skeleton and the names tell none" in note for note in alone.notes)
+
+
 def test_sigmas_of_the_file_and_of_the_user_come_first() -> None:
     names = ("left_wrist", "right_wrist", "club")
     table = make_table(labels_of(names, sigmas=(0.1, 0.2, 0.3)), "golf", None, None)
