@@ -19,6 +19,7 @@ from cigpose.keypoints import Edge
 
 CUSTOM = 0.2
 """Share of those concerned from which on something is the custom of a set."""
+_HABIT = 0.3  # of a person's size beyond an edge, by the share of people who have labels there
 _TWIN_DISTANCE = 0.06  # of two labellings of a person, by its size
 _LEAST_IN_COMMON = 3
 _TWIN_BOXES = 0.9
@@ -96,21 +97,22 @@ def _outside(people: LabelledPeople, notes: list[str]) -> Iterator[Finding]:
     with np.errstate(invalid="ignore"):
         past = np.maximum(first - points, points - first - extent).max(axis=2)
         past = np.where(labelled & (extent > 0).all(axis=2) & (past > 1) & (over == 0), past, 0) / size[:, None]
-    yield from _beyond(people, past, 0.05, "outside box", "the box", notes)
+    yield from _beyond(people, past, 0.03, "outside box", "the box", notes)
 
 
 def _beyond(
     people: LabelledPeople, over: np.ndarray, half: float, kind: str, what: str, notes: list[str]
 ) -> Iterator[Finding]:
-    """By how much, as a share of the person's size; at `half` it is as likely wrong as not."""
+    """By how much, as a share of the person's size; at `half`, more where it is common, as likely wrong as not."""
     worst = over.max(axis=1, initial=0)
     concerned = people.labelled.any(axis=1)
     share = float((worst[concerned] > 0).mean()) if concerned.any() else 0.0
+    half += _HABIT * share
     if share >= CUSTOM:  # the set does so: what it does usually is half as suspicious as it would be
         half = max(half, 2 * float(np.median(worst[worst > 0])))
         notes.append(f"{share:.0%} of the people have labels outside {what}; only those far outside are counted.")
     for row in np.flatnonzero(worst > 0).tolist():
-        suspicion = worst[row] / (worst[row] + half)
+        suspicion = min(worst[row] ** 2 / (worst[row] ** 2 + half**2), 0.99)
         if suspicion >= SHOWN:
             names = _names(people, over[row] > 0)
             text = f"{_listed(names)}: up to {worst[row]:.0%} of the person's size outside {what}"
