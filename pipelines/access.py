@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,11 +113,21 @@ def server_to_use(root: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def using_server(root: Path) -> Iterator[None]:
-    """Let Prefect's clients in this process use the server to use."""
-    from prefect import settings  # late: it reads PREFECT_HOME, and not everyone who is here needs it
+    """Let Prefect's clients in this process use the server to use; a temporary one ends with the process.
+
+    Ctrl-C reaches everything in the terminal's group. A temporary server that ended with it could not be told how the
+    flow ends, which would ask for it for minutes. So it is born with SIGINT blocked.
+    """
+    from prefect import get_client, settings  # late: it reads PREFECT_HOME, and not everyone who is here needs it
 
     chosen = {getattr(settings, name): value for name, value in server_to_use(root).items()}
     with settings.temporary_settings(chosen):
+        if not settings.PREFECT_API_URL.value():
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                get_client(sync_client=True)  # starts it
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield
 
 

@@ -256,7 +256,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow once, or serve its deployments; 1 when a stage fails."""
     options = _parse(arguments)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts its children with SIGINT off
     overrides = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in options.set)}
     preset = None if options.preset == OWN else options.preset
     asked: dict[str, Any] = {
@@ -314,5 +313,15 @@ def run_series(axes: Axes, preset: str | None, overrides: dict[str, Any], asked:
         return 0 if series.run(retrain_point, changed) else 1
 
 
+def be_stoppable() -> None:
+    """Let Ctrl-C and SIGTERM end this process by an exception, so that a series notes it and Prefect's server ends too.
+
+    A shell's `&` starts its children with SIGINT off, and Python leaves SIGTERM to the kernel.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 if __name__ == "__main__":
+    be_stoppable()
     sys.exit(main())

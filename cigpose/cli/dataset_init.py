@@ -90,6 +90,8 @@ def _init(options: argparse.Namespace) -> None:
     print(f"\n{folder}: links to the pictures, and the labels as COCO JSON")
     print(f"{sheet}: look at it first; swapped sides and wrong orders show there")
     print(f"{params}: {plan.config.name}" + (f" (the one before: {kept})" if kept else ""))
+    if not (options.out / "dvc.yaml").is_file():
+        print(f"{options.out.absolute()}: has no dvc.yaml, so it is no copy of the project: run `dvc repro` in one.")
     print("`dvc repro` now makes shards, trains, evaluates and registers. `cigpose dataset check` looks for faults.")
 
 

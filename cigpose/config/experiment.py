@@ -197,7 +197,8 @@ def preset_text(name: str) -> str:
 def fast_variant(config: Config) -> Config:
     """The same experiment as GPUs do it fastest, under a name of its own: what comes of it differs a little."""
     train = dataclasses.replace(config.train, precision="bf16", compile=True, cudnn_benchmark=True)
-    return dataclasses.replace(config, name=f"{config.name}-fast", train=train)
+    augmentation = dataclasses.replace(config.augmentation, device="auto")
+    return dataclasses.replace(config, name=f"{config.name}-fast", train=train, augmentation=augmentation)
 
 
 def load_preset(name: str) -> Config:

@@ -66,10 +66,19 @@ class AugmentationConfig:
     """First epoch (from 0) of stage 2."""
     box_padding: float = 1.25
     """Crop size over box size, in training and evaluation."""
+    # crops of the same draws, equal within one grey level
+    device: Literal["auto", "cpu", "gpu"] = field(default="cpu", metadata=HOW)
+    """Where colours, blurs and dropout of training crops are made. auto: on the GPU that trains, else on the CPU."""
 
     def __post_init__(self) -> None:
         require_between(self, 0, LARGEST, "stage2_from_epoch")
         require_between(self, 0.1, 10, "box_padding")
+        for name in ("stage1", "stage2"):
+            require(
+                self.device != "gpu" or not getattr(self, name).extra,
+                f"device is gpu, but {name}.extra has transforms, which see the finished crop and are made on the CPU. "
+                "Write auto, which leaves that stage to the CPU, or take them out.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from cigpose.dataset.residuals import Residuals
 PRIOR = 0.01
 """How often a kind of fault is taken to happen, before anything is seen of a person."""
 _SECOND_LOOK = 1.0  # log ratio of the whole person being elsewhere from which other pictures are tried
-_MOST_SECOND_LOOKS = 0.1  # share of the people
+_MOST_SECOND_LOOKS = 0.2  # share of the people
 _LIMIT = 0.99
 
 
@@ -104,7 +104,7 @@ def check_labels(
         changes = np.stack([labelled[:, list(repair.keypoints)].any(axis=1) for repair in repairs], axis=1)
         due = np.where(changes, np.where(np.isfinite(due), due, 0) + residuals.repairs(repairs), -np.inf)
         without = np.where(labelled, np.where(np.isfinite(without), without, 0) + residuals.without(), -np.inf)
-        whole = residuals.whole()
+        whole = np.minimum(residuals.whole(), -np.log(residuals.missed))  # it misses some people altogether
         more += _second_look(people, residuals, predict, due)
         notes += _custom_of_sides(people, residuals, repairs)
     elsewhere = {finding.annotation_id for finding in more}
@@ -172,35 +172,35 @@ def _explained(repair: Repair, people: LabelledPeople) -> str:
 
 def _second_look(people: LabelledPeople, residuals: Residuals, predict: Predict, due: np.ndarray) -> list[Finding]:
     """Whoever is not where the labels say: in the mirrored picture, or in the one before or after?"""
-    doubt = np.maximum(residuals.whole(), due.max(axis=1, initial=-np.inf))
+    doubt = residuals.whole() - np.maximum(due.max(axis=1, initial=0), 0)  # which no exchange explains
     rows = np.flatnonzero(doubt > _SECOND_LOOK)
     rows = rows[np.argsort(-doubt[rows], kind="stable")][: max(20, int(_MOST_SECOND_LOOKS * len(people)))]
-    best: dict[int, Finding] = {}
+    best: dict[int, tuple[float, Finding]] = {}
     for kind, step in (("mirrored picture", 0), ("other picture", 1), ("other picture", -1)):
         pictures = people.picture[rows] + step
         inside = (pictures >= 0) & (pictures < len(people.pictures))
         some, pictures = rows[inside], pictures[inside]
         points, _ = predict(people, some, pictures, mirrored=step == 0)
-        ratio = residuals.instead(some, points)
-        better = ratio > due[some].max(axis=1, initial=-np.inf)  # than an exchange in the picture as it is
-        for row, picture, suspicion in zip(
-            some[better].tolist(), pictures[better].tolist(), probability(ratio[better], PRIOR).tolist(), strict=True
-        ):
-            entry = people.pictures[picture]
-            if suspicion < COUNTED or (row in best and best[row].suspicion >= suspicion):
+        ratios = residuals.instead(some, points)
+        better = ratios > due[some].max(axis=1, initial=-np.inf)  # than an exchange in the picture as it is
+        for row, picture, ratio in zip(*(column[better].tolist() for column in (some, pictures, ratios)), strict=True):
+            suspicion = min(float(probability(ratio, PRIOR)), _LIMIT)
+            if suspicion < COUNTED or (row in best and best[row][0] >= ratio):
                 continue
+            entry = people.pictures[picture]
             text = "the model finds the labelled pose in the mirrored picture"
             if step:
                 text = f"the model finds the labelled pose in {entry.file_name} (picture {entry.image_id})"
-            best[row] = Finding(
+            finding = Finding(
                 kind=kind,
-                suspicion=min(suspicion, _LIMIT),
+                suspicion=suspicion,
                 text=text,
                 annotation_id=int(people.annotation_id[row]),
                 image_id=people.pictures[int(people.picture[row])].image_id,
                 other=entry.image_id if step else None,
             )
-    return list(best.values())
+            best[row] = ratio, finding
+    return [finding for _, finding in best.values()]
 
 
 def _custom_of_sides(people: LabelledPeople, residuals: Residuals, repairs: list[Repair]) -> list[str]:

@@ -205,7 +205,9 @@ def _drawn(check: LabelCheck, suspects: list[Suspect], photos: PhotoFolder) -> I
             "aspect": f"{tile.shape[1] / tile.shape[0]:.4f}",
             "suspicion": f"{suspect.suspicion:.2f}",
             "name": f"{who}picture {suspect.image_id}",
-            "lines": [{"kind": f.kind, "text": f.text} for f in suspect.findings if f.suspicion >= 0.2],
+            "kind": suspect.findings[0].kind,
+            "text": suspect.findings[0].text,
+            "also": [finding.kind for finding in suspect.findings[1:] if finding.suspicion >= COUNTED],
         }
 
 

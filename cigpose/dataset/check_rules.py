@@ -137,16 +137,16 @@ def _contradicting_flags(people: LabelledPeople, notes: list[str]) -> Iterator[F
     stated = people.stated >= 0
     wrong = min((stated & (people.stated != count) for count in counts), key=lambda rows: int(rows.sum()))
     cases = (
-        ((v == 0) & placed, v == 0, "have coordinates but v = 0, not labelled"),
-        (labelled & ~placed, labelled, "are labelled at 0, 0"),
-        (~np.isin(v, (0, 1, 2)), np.ones_like(labelled), "have another v than 0, 1 or 2"),
+        ((v == 0) & placed, v == 0, "coordinates, but v = 0, which is not labelled"),
+        (labelled & ~placed, labelled, "labelled at 0, 0"),
+        (~np.isin(v, (0, 1, 2)), np.ones_like(labelled), "another v than 0, 1 or 2"),
         (wrong[:, None], stated[:, None], "num_keypoints"),
     )
     for found, concerned, text in cases:
         share = found.sum() / max(int((concerned & np.ones_like(found)).sum()), 1)
         subject = f"{share:.0%} of the people have another num_keypoints than labels"
         if share >= CUSTOM:
-            others = f"{share:.0%} of the keypoints concerned {text}"
+            others = f"{share:.0%} of the keypoints concerned: {text}"
             notes.append(f"{subject if text == 'num_keypoints' else others}: the custom of this set, not counted.")
             continue
         for row in np.flatnonzero(found.any(axis=1)).tolist():
@@ -155,7 +155,7 @@ def _contradicting_flags(people: LabelledPeople, notes: list[str]) -> Iterator[F
                 said = f"num_keypoints is {people.stated[row]}, {counts[0][row]} are labelled"
             else:
                 names = _names(people, found[row])
-                said = f"{_listed(names)} {text}"
+                said = f"{_listed(names)}: {text}"
             yield Finding(kind="visibility", suspicion=0.97, text=said, keypoints=names, **_of(people, row))
 
 

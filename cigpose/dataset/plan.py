@@ -175,7 +175,7 @@ def make_plan(
     if epochs is None:
         epochs = size.longest if math.isnan(rate) else int(min(size.longest, max(3, 60 * minutes / per_epoch)))
     config = config_from_mapping(_scheduled(values, epochs, num_train, batch))
-    steps = epochs * num_train // batch
+    steps = epochs * -(-num_train // batch)
     reasons = (
         f"model: {size.name}, {why}",
         f"crop: {input_size[0]} x {input_size[1]} (width x height): {shape}",
@@ -265,7 +265,7 @@ def _values(
 
 def _scheduled(values: dict[str, Any], epochs: int, num_train: int, batch: int) -> dict[str, Any]:
     """The whole of params.yaml."""
-    steps = max(1, num_train // batch)
+    steps = -(-num_train // batch)
     # on few people the mean over many steps would still be that of the first ones
     has_ema = epochs * steps > 20_000
     rate = 0.002 * math.sqrt(batch / 16) if batch > 16 else 0.002

@@ -97,8 +97,8 @@ class Residuals:
         return np.where(self.keypoints[..., 2] > 0, np.nan_to_num(np.log(_ANYWHERE) - now), 0.0)
 
     def whole(self) -> np.ndarray:
-        """(N,) log ratio of likelihoods that the whole person is somewhere else."""
-        return _together(self.without(), -np.log(self.missed))
+        """(N,) log ratio of likelihoods that the whole person is somewhere else, were the model never at fault."""
+        return _together(self.without(), _MOST_OF_A_PERSON)
 
     def instead(self, rows: np.ndarray, points: np.ndarray) -> np.ndarray:
         """(M,) log ratio of likelihoods that the labels of some are those of another picture.

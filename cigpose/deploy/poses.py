@@ -156,21 +156,22 @@ class Poses:
 
         `bbox_xyxy`, `box_score`, `score`, `raw_score`, `keypoints` [[x, y, score], ...], `raw_scores`; in videos `id`.
         """
-        records = []
-        for i, person in enumerate(self):
-            points, scores = person.keypoints.astype(np.float64), person.scores.astype(np.float64)
-            records.append(
-                {
-                    **({} if self.track_ids is None else {"id": int(self.track_ids[i])}),
-                    "bbox_xyxy": np.round(person.bbox_xyxy.astype(np.float64), 2).tolist(),
-                    "box_score": round(person.box_score, 4),
-                    "score": round(person.score, 4),
-                    "raw_score": round(person.raw_score, 4),
-                    "keypoints": np.column_stack([np.round(points, 2), np.round(scores, 4)]).tolist(),
-                    "raw_scores": np.round(person.raw_scores.astype(np.float64), 4).tolist(),
-                }
-            )
-        return records
+        points, scores = self.keypoints.astype(np.float64), self.scores.astype(np.float64)
+        triples = np.concatenate([np.round(points, 2), np.round(scores, 4)[..., None]], axis=-1).tolist()
+        boxes = np.round(self.bbox_xyxy.astype(np.float64), 2).tolist()
+        raw_scores = np.round(self.raw_scores.astype(np.float64), 4).tolist()
+        return [
+            {
+                **({} if self.track_ids is None else {"id": int(self.track_ids[i])}),
+                "bbox_xyxy": boxes[i],
+                "box_score": round(float(self.box_scores[i]), 4),
+                "score": round(float(self.person_scores[i]), 4),
+                "raw_score": round(float(self.raw_person_scores[i]), 4),
+                "keypoints": triples[i],
+                "raw_scores": raw_scores[i],
+            }
+            for i in range(len(self))
+        ]
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """The persons as entries of a COCO (COCO-WholeBody) result file, with the evaluation's raw scores."""

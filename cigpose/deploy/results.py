@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from cigpose.deploy.poses import pose_entry
 from cigpose.deploy.sources import MANIFEST, utf8
 from cigpose.files.atomic import claimed, write_json, written_file
@@ -161,13 +163,12 @@ def image_ids(names: Iterable[Path]) -> list[int]:
 
 def write_pose_results(path: Path, records: Iterable[tuple[int, Mapping[str, Any]]], keypoint_set: KeypointSet) -> None:
     """Write a COCO result file of (image_id, record) pairs, whole."""
-    with written_file(path) as part, part.open("w", encoding="ascii") as file:
-        file.write("[")
+    with written_file(path) as part, part.open("wb") as file:
+        file.write(b"[")
         count = 0
         for image_id, record in records:
             for person in record["persons"]:
-                entry = pose_entry(image_id, person, keypoint_set)
-                file.write(",\n" if count else "\n")
-                file.write(json.dumps(entry, separators=(",", ":"), allow_nan=False))
+                file.write(b",\n" if count else b"\n")
+                file.write(orjson.dumps(pose_entry(image_id, person, keypoint_set)))
                 count += 1
-        file.write("\n]\n")
+        file.write(b"\n]\n")

@@ -72,7 +72,13 @@ def train_loader(
 
 
 def _train_epoch(
-    config: Config, sets: Mapping[str, ShardSet], epoch: int, rank: int, world: int, start_batch: int
+    config: Config,
+    sets: Mapping[str, ShardSet],
+    epoch: int,
+    rank: int,
+    world: int,
+    start_batch: int,
+    on_device: bool = False,
 ) -> Epoch:
     plan = train_plan(
         {dataset: shards.counts() for dataset, shards in sets.items()},
@@ -87,7 +93,7 @@ def _train_epoch(
     )
     if not 0 <= start_batch <= len(plan.batch_sizes):
         raise ValueError(f"start_batch is {start_batch}, but the epoch has {len(plan.batch_sizes)} batches.")
-    return Epoch(sets, plan, CropMaker(config, epoch=epoch), start_batch)
+    return Epoch(sets, plan, CropMaker(config, epoch=epoch, on_device=on_device), start_batch)
 
 
 def eval_loader(
@@ -173,11 +179,25 @@ class TrainLoader:
     when it is asked for.
     """
 
-    def __init__(self, config: Config, *, rank: int, world: int, root: Path = Path("data/shards")) -> None:
-        """Open the shards; arguments and errors are those of `train_loader`."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world: int,
+        root: Path = Path("data/shards"),
+        on_device: bool = False,
+    ) -> None:
+        """Open the shards; arguments and errors are those of `train_loader`.
+
+        With `on_device` batches have `drawn` (B, NUM_DRAWN) int16 as well, and what it says of their pixels is not done
+        yet: `device.change_pixels` does it, wherever the crops are by then. A stage with transforms of the user is all
+        done here, and nothing is drawn.
+        """
         check_extra(config)
         self._config = config
         self._place = (rank, world)
+        self._on_device = on_device
         self._sets = _open(config, config.data.train, root)
         self._running: Generator[Batch, None, None] | None = None
         self._coming: tuple[int, int] | None = None
@@ -202,7 +222,7 @@ class TrainLoader:
         self._coming = (epoch + 1, 0)
 
     def _epoch(self, epoch: int, start_batch: int = 0) -> Epoch:
-        return _train_epoch(self._config, self._sets, epoch, *self._place, start_batch)
+        return _train_epoch(self._config, self._sets, epoch, *self._place, start_batch, self._on_device)
 
     def close(self) -> None:
         """End processes and thread."""

@@ -16,7 +16,7 @@ from cigpose.config import AugmentationStage, Config
 from cigpose.crop import box_to_center_scale, crop_image, fix_aspect_ratio, transform_points
 from cigpose.files.errors import DataError
 from cigpose.loader.augment import PersonBox, augment_person, person_matrix
-from cigpose.loader.pixels import PixelAugmentation
+from cigpose.loader.pixels import NUM_DRAWN, PixelAugmentation, PixelDraw
 from cigpose.loader.samples import read_record
 from cigpose.loader.shards import AGAIN
 
@@ -87,7 +87,15 @@ class CropMaker:
     Whatever is random depends on (seed, epoch, dataset, image, person) alone.
     """
 
-    def __init__(self, config: Config, *, epoch: int | None, boxes: str = "ground_truth", shift: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        epoch: int | None,
+        boxes: str = "ground_truth",
+        shift: float = 0.0,
+        on_device: bool = False,
+    ) -> None:
         """A maker of crops.
 
         Args:
@@ -95,6 +103,7 @@ class CropMaker:
             epoch: of the training crops; None makes evaluation crops.
             boxes: `ground_truth` or `detections`.
             shift: of evaluation crops, see `cigpose.loader.batches.eval_loader`.
+            on_device: leave pixels of training crops to `device.change_pixels`, and say in `drawn` what it is to do.
         """
         self.input_size = config.model.input_size
         self.keypoint_set = config.keypoint_set
@@ -104,7 +113,8 @@ class CropMaker:
         self.epoch = epoch
         self.boxes = boxes
         self.shift = shift
-        self._pixels: PixelAugmentation | None = None
+        self.on_device = on_device
+        self._pixels: PixelAugmentation | PixelDraw | None = None
         self.stage: AugmentationStage | None = None
         if epoch is not None:
             stages = config.augmentation
@@ -123,6 +133,8 @@ class CropMaker:
             found |= {name: (np.float32, (2,)) for name in ("center", "scale")}
             found |= {name: (np.int64, ()) for name in ("number", "image_id", "person_id")}
             found |= {"bbox_xyxy": (np.float32, (4,)), "box_score": (np.float32, ())}
+        elif self.on_device:
+            found["drawn"] = (np.int16, (NUM_DRAWN,))
         return found
 
     def make(self, pictures: list[WantedPicture]) -> Crops:
@@ -154,12 +166,19 @@ class CropMaker:
             for i, rng in zip(picture.persons, rngs, strict=True)
         ]
         if self._pixels is None:
-            self._pixels = PixelAugmentation(stage, self.keypoint_set)
+            is_left = self.on_device and not stage.extra
+            self._pixels = PixelDraw(stage, self.input_size) if is_left else PixelAugmentation(stage, self.keypoint_set)
+        pixels = self._pixels
         matrices = self._crop(picture, record, persons, out)
-        for i, rng in enumerate(rngs):
-            points = transform_points(matrices[i], persons[i].keypoints)
-            out[i], points, visible = self._pixels(out[i], points, persons[i].visible, rng)
-            rows.add(keys[i], keypoints=points.astype(np.float32), visible=visible)
+        for i, (person, rng) in enumerate(zip(persons, rngs, strict=True)):
+            points, visible = transform_points(matrices[i], person.keypoints), person.visible
+            drawn = np.zeros(NUM_DRAWN, dtype=np.int16)
+            if isinstance(pixels, PixelDraw):
+                drawn = pixels(rng)
+            else:
+                out[i], points, visible = pixels(out[i], points, visible, rng)
+            values = {"keypoints": points.astype(np.float32), "visible": visible}
+            rows.add(keys[i], **values, **({"drawn": drawn} if self.on_device else {}))
 
     def _evaluate(self, picture: WantedPicture, out: np.ndarray, rows: _Rows) -> None:
         record = read_record(picture.sample)

@@ -26,6 +26,9 @@ from cigpose.keypoints import KeypointSet
 
 BLUR_SIZES = (3, 7)
 """Smallest and largest (odd) kernel of both blurs."""
+IS_DRAWN, GAINS, BLUR, MEDIAN_BLUR, HOLE, NUM_DRAWN = 0, slice(1, 4), 4, 5, slice(6, 10), 10
+"""Columns of what is drawn for a crop: 1; gains as of `draw_hsv_gains`; sizes of the blurs, 0: none; left, top, right
+and bottom of the hole, right and bottom excluded, 0: none. And their number."""
 TRIALS = 4
 """Times a transform of the user is tried before anything is trained."""
 INVERSION_STEPS = 20
@@ -93,13 +96,71 @@ class OriginalHSV(albumentations.ImageOnlyTransform):  # type: ignore[misc]
 
 
 class BlackDropout(albumentations.CoarseDropout):  # type: ignore[misc]
-    """CoarseDropout that writes black into the crop, a copy already: no further copy, no generator to fill the hole."""
+    """CoarseDropout of one hole that writes black into the crop, a copy already, and needs no generator to fill it."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """The hole of one call: the library's draws, one by one in its order, and not by arrays of one."""
+        height, width = params["shape"][:2]
+        rng = self.random_generator
+        self.py_random.randint(*self.num_holes_range)
+        tall = int(height * rng.uniform(*self.hole_height_range))
+        wide = int(width * rng.uniform(*self.hole_width_range))
+        top, left = int(rng.integers(0, height - tall + 1)), int(rng.integers(0, width - wide + 1))
+        rng.integers(0, 2**32 - 1)  # what would fill it
+        return {"holes": np.array([(left, top, left + wide, top + tall)])}
 
     def apply(self, img: np.ndarray, holes: np.ndarray, **_: Any) -> np.ndarray:
-        """The same crop, with its holes (N, 4: left, top, right, bottom) black."""
-        for left, top, right, bottom in holes.tolist():
-            img[top:bottom, left:right] = 0
+        """The same crop, with its hole (1, 4: left, top, right, bottom) black."""
+        left, top, right, bottom = holes[0].tolist()
+        img[top:bottom, left:right] = 0
         return img
+
+
+def _noting(kind: Any, name: str, column: int | slice) -> Any:
+    """A transform like `kind` that draws as it does, and writes its param `name` into a column of `note`."""
+
+    def apply(self: Any, img: np.ndarray, **drawn: Any) -> np.ndarray:
+        self.note[column] = drawn[name]
+        return img
+
+    metaclass: Any = type(kind)
+    return metaclass(f"Noting{kind.__name__}", (kind,), {"apply": apply})
+
+
+_ORIGINAL = (OriginalHSV, albumentations.Blur, albumentations.MedianBlur, BlackDropout)
+"""Of what the original's pixel part is made, in its order."""
+_NOTING = (
+    _noting(OriginalHSV, "gains", GAINS),
+    _noting(albumentations.Blur, "kernel", BLUR),
+    _noting(albumentations.MedianBlur, "kernel", MEDIAN_BLUR),
+    _noting(BlackDropout, "holes", HOLE),
+)
+"""The same, drawn and not done."""
+
+
+class PixelDraw:
+    """What a stage without transforms of the user would do to a crop: drawn alike, and left to `device` to be done."""
+
+    def __init__(self, stage: AugmentationStage, input_size: tuple[int, int]) -> None:
+        """Build the transforms.
+
+        Args:
+            stage: probabilities.
+            input_size: (width, height) of crops.
+        """
+        self._steps = _original(stage, _NOTING)
+        self._compose = _compose(self._steps, moves=False)
+        self._blank = np.zeros((input_size[1], input_size[0], 3), dtype=np.uint8)
+
+    def __call__(self, rng: np.random.Generator) -> np.ndarray:
+        """(NUM_DRAWN,) int16; all that is random comes from the generator, as in `PixelAugmentation`."""
+        note = np.zeros(NUM_DRAWN, dtype=np.int16)
+        note[IS_DRAWN] = 1
+        for step in self._steps:
+            step.note = note
+        _seed(self._compose, rng)
+        self._compose(image=self._blank)
+        return note
 
 
 class PixelAugmentation:
@@ -130,23 +191,28 @@ class PixelAugmentation:
             visible: (K,), 0 or 1.
             rng: all that is random comes from it.
         """
-        self._compose.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
+        _seed(self._compose, rng)
         if not self.extra:
             return self._compose(image=crop)["image"], keypoints, visible
         return _move(self._compose, crop, keypoints, visible, self._flip_index)
 
 
-def _original(stage: AugmentationStage) -> list[Any]:
+def _seed(compose: Any, rng: np.random.Generator) -> None:
+    compose.set_random_state(rng, random.Random(int(rng.integers(1 << 63))))
+
+
+def _original(stage: AugmentationStage, kinds: Sequence[Any] = _ORIGINAL) -> list[Any]:
     """The original's steps, in its order."""
+    hsv, blur, median_blur, dropout = kinds
     low, high = stage.dropout_size
     hole = {"num_holes_range": (1, 1), "hole_height_range": (low, high), "hole_width_range": (low, high)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a name albumentations does not know is only a warning there
         steps = [
-            OriginalHSV(stage),
-            albumentations.Blur(blur_limit=BLUR_SIZES, p=stage.blur_prob),
-            albumentations.MedianBlur(blur_limit=BLUR_SIZES, p=stage.median_blur_prob),
-            BlackDropout(**hole, p=stage.dropout_prob),
+            hsv(stage),
+            blur(blur_limit=BLUR_SIZES, p=stage.blur_prob),
+            median_blur(blur_limit=BLUR_SIZES, p=stage.median_blur_prob),
+            dropout(**hole, p=stage.dropout_prob),
         ]
     return [step for step in steps if step.p > 0]
 

@@ -172,13 +172,20 @@ class CheckpointStore:
         return None
 
     def clear_halves(self) -> None:
-        """Remove what a killed process was writing or removing; only for the one that has the run to itself."""
+        """Remove what a killed process wrote half, or was yet to remove; only for the one who has the run to itself."""
         for name in names_in(self.address):
             if self._folder and (aside := re.fullmatch(r"\.(step-\d+)\.\w{8}\.old", name)):
                 clear_leftovers(self._folder / aside[1])  # comes back if nothing has taken its place
                 continue
             is_half = re.fullmatch(r"step-\d+", name) and size_of(self._at(name, MANIFEST)) is None
             if is_half or re.match(r"\.(step|weights)-.*\.partial-", name):
+                self._remove(name)
+        try:
+            named = self._named_by(self._published())
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return  # of a damaged one nobody knows what it names
+        for name in names_in(self.address):
+            if re.fullmatch(r"weights-\d+\.safetensors", name) and name not in named:
                 self._remove(name)
 
     def clear(self) -> None:
@@ -239,12 +246,16 @@ class CheckpointStore:
     def _prune(self) -> None:
         """Drop all but the newest checkpoints, older half-written ones, and weights that no checkpoint names."""
         kept = self.names()[-self.keep :]
-        named = {file for name in kept for file in _as_list(self._manifest(name)["weights"])}
+        named = self._named_by(kept)
         for name in names_in(self.address):
             is_old = re.fullmatch(r"step-\d+", name) and name < kept[0]
             is_unnamed = re.fullmatch(r"weights-\d+\.safetensors", name) and name not in named
             if is_old or is_unnamed or re.match(r"\.(step|weights)-.*(\.partial-|\.old$)", name):
                 self._remove(name)
+
+    def _named_by(self, names: list[str]) -> set[str]:
+        """The files of weights that checkpoints name."""
+        return {file for name in names for file in _as_list(self._manifest(name)["weights"])}
 
     def _remove(self, name: str) -> None:
         """Remove a checkpoint or file; the manifest first, so that half a removal leaves what does not exist."""

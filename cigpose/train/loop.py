@@ -15,6 +15,7 @@ from typing import Any
 
 from cigpose.config import Config
 from cigpose.loader.batches import TrainLoader
+from cigpose.loader.device import is_on_device
 from cigpose.model.weights import save_weights
 from cigpose.train import workers
 from cigpose.train.build import build_state
@@ -42,6 +43,7 @@ def train(config: Config, place: Place, listener: Listener) -> Record:
 
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
+        ValueError: pixels are to be changed on a GPU, and there is none.
         CheckpointError: the params differ from the checkpoint's, or one cannot be written.
     """
     training = _Training(config, place, listener)
@@ -64,7 +66,13 @@ class _Training:
             start=place.start,
         )
         self.resumed = self._restore()
-        self.loader = TrainLoader(config, rank=place.rank, world=place.world, root=place.shards)
+        self.loader = TrainLoader(
+            config,
+            rank=place.rank,
+            world=place.world,
+            root=place.shards,
+            on_device=is_on_device(config.augmentation, place.device),
+        )
         self.steps_per_epoch = self.loader.num_batches // config.train.accumulate_steps
         self.rates = learning_rates(
             config.train.resolved_learning_rate, config.train.schedule, self.steps_per_epoch, config.train.epochs

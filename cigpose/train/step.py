@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cigpose.config import Config
+from cigpose.loader.device import change_pixels
 from cigpose.model.estimator import Normalize
 from cigpose.train.divergence import FiniteCheck
 from cigpose.train.optim import set_learning_rate
@@ -148,7 +149,7 @@ def _without_averaging(losses: nn.Module) -> contextlib.AbstractContextManager[N
 
 
 class Copier:
-    """Brings batches to a device; to a GPU on a stream of its own, beside the step before.
+    """Brings batches to a device, as `to_device` does; to a GPU on a stream of its own, beside the step before.
 
     Their memory must be pinned, as the loader's is.
     """
@@ -183,7 +184,12 @@ class Copier:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+    """The batch with its tensors on `device`, and there with those pixels changed that the loader has left to it."""
+    moved = {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+        if key != "drawn"
     }
+    if "drawn" in batch:
+        change_pixels(moved["crops"], batch["drawn"])
+    return moved

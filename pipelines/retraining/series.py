@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from cigpose.config import Config, public_params
-from cigpose.files.atomic import claimed, write_json
+from cigpose.files.atomic import claimed, clear_leftovers_in, write_json
 from pipelines.lineage import digest_of
 from pipelines.paths import RUNS
 from pipelines.retraining.artifacts import Retrained
@@ -126,6 +126,7 @@ class Series:
             ClaimedError: another process does.
         """
         with claimed(self.folder / "lock", "This series of retrainings"):
+            clear_leftovers_in(self.folder)
             self._go_on()  # the last one who had it may have ended since
             yield
 

@@ -17,7 +17,7 @@ from uuid import UUID
 
 import psutil
 
-from cigpose.files.atomic import ClaimedError, claimed, write_json
+from cigpose.files.atomic import ClaimedError, claimed, clear_leftovers, write_json
 from pipelines.access import using_server
 from pipelines.paths import RUNS
 from pipelines.processes import end_group, group_members
@@ -43,6 +43,7 @@ def only_retraining(root: Path) -> Iterator[None]:
 def noted(root: Path, flow_run: str) -> Iterator[Note]:
     """Leave a note of this flow run while the block lasts; only a kill leaves it behind."""
     note = Note(root / NOTE, {"flow_run": flow_run, "host": os.uname().nodename, "group": None})
+    clear_leftovers(note.path)
     note.write()
     try:
         yield note

@@ -8,6 +8,7 @@ cuts with `cv2.warpAffine`, changes HSV in int16, calls an albumentations Compos
 a batch. Equal pixels are checked with the rounded resampling of OpenCV up to 4.10 (see `crop_image`) and with blurs and
 dropout that get the loader's drawn numbers. "Bare steps" is the loader without the Compose: the same transforms are
 called only when a draw says so, and dropout is written into the crop, as it was before users could add transforms.
+"Left to the device" is what the loader's cores have to do with `augmentation.device: gpu`.
 "By offset" is the loader that read tars by tables of offsets and not through webdataset (`offset_loader`).
 """
 
@@ -24,6 +25,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,9 @@ from cigpose.loader.augment import (
     half_body,
     person_matrix,
 )
-from cigpose.loader.batches import train_loader
+from cigpose.loader.batches import TrainLoader, train_loader
 from cigpose.loader.crops import CropMaker
+from cigpose.loader.device import change_pixels
 from cigpose.loader.pixels import PixelAugmentation, change_hsv, draw_hsv_gains
 from cigpose.loader.samples import read_record, read_shard
 from cigpose.loader.shards import ShardSet
@@ -243,6 +246,13 @@ def ours(config: Config, folder: Path) -> Any:
     return train_loader(config, epoch=0, rank=0, world=1, root=folder / "shards")
 
 
+def left_to_device(config: Config, folder: Path) -> Iterator[Any]:
+    """The loader's batches with the pixels as they were cut out, and what was drawn for them."""
+    config = replace(config, train=replace(config.train, epochs=1))  # or the next one would be begun
+    with closing(TrainLoader(config, rank=0, world=1, root=folder / "shards", on_device=True)) as loader:
+        yield from loader.batches(0)
+
+
 def crops_of(batches: Any) -> dict[str, np.ndarray]:
     return {k: crop.numpy() for batch in batches for k, crop in zip(batch["keys"], batch["crops"], strict=True)}
 
@@ -256,6 +266,21 @@ def check_equal(config: Config, folder: Path, people: dict[str, tuple[Path, dict
         other = plain.sample(key, *people[key])["crop"].numpy()[::-1].transpose(1, 2, 0)
         worst = max(worst, int(np.abs(crop.astype(int) - other).max()))
     return worst
+
+
+def compare_with_device(config: Config, folder: Path, whole: dict[str, np.ndarray]) -> str:
+    """How far the pixels that `change_pixels` makes, here on the CPU, are from the loader's."""
+    worst, num, num_values = 0, 0, 0
+    for batch in left_to_device(config, folder):
+        change_pixels(batch["crops"], batch["drawn"])
+        for key, crop in zip(batch["keys"], batch["crops"].numpy(), strict=True):
+            difference = np.abs(whole[key].astype(int) - crop)
+            worst, num, num_values = (
+                max(worst, int(difference.max())),
+                num + np.count_nonzero(difference),
+                num_values + crop.size,
+            )
+    return f"{worst} grey levels, {num / num_values:.1e} of the values differ"
 
 
 def cpu_seconds(job: Any) -> float:
@@ -284,6 +309,7 @@ def main() -> None:
         shards = ShardSet.open(NAME, folder / "shards", {})
         whole, offsets = crops_of(ours(config, folder)), crops_of(offset_batches(config, shards, BATCH))
         print(f"the same by offset: {all(np.array_equal(whole[key], offsets[key]) for key in whole)}")
+        print(f"largest difference on a device: {compare_with_device(config, folder, whole)}")
         steps = crops_of(bare(config, folder))
         print(f"the same with bare steps: {all(np.array_equal(whole[key], steps[key]) for key in whole)}")
         scaled = replace(config, train=replace(config.train, loader=replace(config.train.loader, scaled_decode=True)))
@@ -292,6 +318,7 @@ def main() -> None:
             "by offset": lambda: loader_module._prefetched(offset_batches(config, shards, BATCH), 4),
             "bare steps": lambda: bare(config, folder),
             "ours, scaled decoding": lambda: ours(scaled, folder),
+            "left to the device": lambda: left_to_device(config, folder),
             "plain": lambda: PlainWay(config, resample=warp, targets=True).batches(people),
             "plain, no targets": lambda: PlainWay(config, resample=warp, targets=False).batches(people),
         }
@@ -311,6 +338,8 @@ def main() -> None:
                 goal = goals.get((name, other), "")
                 middle = statistics.median(ratios)
                 print(f"{name} / {other}: {middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}){goal}")
+        less = sorted(a / b for a, b in zip(times["ours"], times["left to the device"], strict=True))
+        print(f"left to the device / ours: {statistics.median(less):.2f} ({less[0]:.2f} to {less[-1]:.2f})")
         full, small = crops_of(ours(config, folder)), crops_of(ours(scaled, folder))
         means = [np.abs(full[key].astype(int) - small[key]).mean() for key in full]
         changed = sum(mean > 0 for mean in means)

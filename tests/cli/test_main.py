@@ -43,10 +43,12 @@ def test_use_fast_changes_how_it_is_computed_and_its_name_and_nothing_else(tmp_p
     paper, fast = (leaves(load_params(path).to_mapping()) for path in paths)
     assert {key: fast[key] for key in fast if fast[key] != paper[key]} == {
         "name": "cigpose-l_coco_384x288-fast",
+        "augmentation.device": "auto",
         "train.precision": "bf16",
         "train.compile": True,
         "train.cudnn_benchmark": True,
     }
+    assert paper["augmentation.device"] == "cpu"
     assert (paper["train.precision"], paper["train.compile"], paper["train.cudnn_benchmark"]) == ("fp32", False, False)
 
 

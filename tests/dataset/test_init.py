@@ -16,6 +16,7 @@ from nested import change
 from cigpose.cli.main import main
 from cigpose.config import RenderConfig, config_from_mapping, load_params
 from cigpose.evaluate.checkpoint import evaluate_model
+from cigpose.files.atomic import claimed
 from cigpose.keypoints import COCO_WHOLEBODY
 from cigpose.model.estimator import build_model
 from cigpose.render import render_dataset
@@ -172,3 +173,13 @@ def test_a_folder_of_somebody_else_is_not_replaced(
     assert init(rendered, tmp_path) == 2
     assert "was not made by `cigpose dataset init`" in capsys.readouterr().err
     assert files_of(tmp_path) == {"data/raw/mine/photo.jpg": b"precious"}
+
+
+def test_a_second_init_of_the_same_data_is_told_of_the_first_and_writes_no_params(
+    rendered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claimed(tmp_path / "data" / ".raw-mine.lock", "a first"):
+        assert init(rendered, tmp_path) == 2
+    assert "`cigpose dataset init` of mine is running already (process " in capsys.readouterr().err
+    assert not (tmp_path / "params.yaml").exists() and not (tmp_path / "data" / "raw" / "mine").exists()
+    assert init(rendered, tmp_path) == 0

@@ -157,6 +157,7 @@ def test_the_command_line_prints_the_table_and_writes_what_is_asked(
     printed = capsys.readouterr().out
     assert "| body |" in printed and "| part | all | noise |" in printed
     assert "body/AP with ground-truth boxes: " in printed
+    assert f", sigmas {project.config.keypoint_set.sigmas_origin}" in printed
     assert set(json.loads((tmp_path / "metrics.json").read_text())["body"]) >= {"AP", "AR"}
     assert isinstance(json.loads((tmp_path / "results.json").read_text()), list)
     assert main(["evaluate", *options, "--dataset", "elsewhere"]) == 2

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from recorded import KilledError, Recorder, place
 from tiny_training import make_config
 from torch import Tensor, nn
 
-from cigpose.config import Config, config_from_mapping, load_preset
+from cigpose.config import AugmentationStage, Config, config_from_mapping, load_preset
 from cigpose.keypoints import COCO_WHOLEBODY
+from cigpose.loader.pixels import PixelDraw
 from cigpose.model.estimator import build_model
 from cigpose.model.hgnn import HGNN
 from cigpose.render import render_dataset
@@ -60,11 +62,14 @@ def make_state(device: torch.device, **changes: Any) -> TrainState:
 
 
 def make_host_batch(device: torch.device, seed: int = 0, size: int = 8) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
+    """As of a loader that leaves pixels to the device."""
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    draw = PixelDraw(AugmentationStage(blur_prob=0.5, median_blur_prob=0.5, dropout_prob=0.7), (48, 64))
     batch = {
         "crops": torch.randint(0, 256, (size, 64, 48, 3), dtype=torch.uint8, generator=generator),
         "keypoints": torch.rand(size, 133, 2, generator=generator) * torch.tensor([48, 64]),
         "visible": torch.ones(size, 133),
+        "drawn": torch.from_numpy(np.stack([draw(rng) for _ in range(size)])),
     }
     if device.type == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
@@ -93,6 +98,12 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+def test_pixels_are_those_of_the_cpu(gpu: torch.device) -> None:
+    found, expected = (make_batch(device, seed=3)["crops"].cpu().int() for device in (gpu, CPU))
+    difference = (found - expected).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
 
 EVERY = {"model__causal__train_top_k": 133}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from cigpose.config import AugmentationStage, Config, load_preset
 from cigpose.config.schema import ConfigError
 from cigpose.keypoints import COCO
-from cigpose.loader.pixels import PixelAugmentation, change_hsv, check_extra, draw_hsv_gains
+from cigpose.loader.pixels import BlackDropout, PixelAugmentation, change_hsv, check_extra, draw_hsv_gains
 
 GREY_LEVEL = 1
 NOTHING = np.zeros((17, 2)), np.zeros(17, dtype=np.float32)
@@ -111,6 +112,25 @@ def test_dropout_has_the_reference_distribution(folder: Path) -> None:
     # Uniform draws: 4 standard errors of a level (0.052 here), times the range, and a pixel for rounding.
     for name, values, spread, pixel in zip(names, found, (0.2, 0.2, 205, 154), (1 / 256, 1 / 192, 1, 1), strict=True):
         np.testing.assert_allclose(values, expected[f"{name}_quantiles"], atol=0.052 * spread + 2 * pixel)
+
+
+def test_a_hole_is_the_one_that_the_library_would_draw() -> None:
+    sizes = {"hole_height_range": (0.2, 0.4), "hole_width_range": (0.2, 0.4), "num_holes_range": (1, 1), "p": 1.0}
+    ours, library = BlackDropout(**sizes), albumentations.CoarseDropout(**sizes)
+    for seed in range(200):
+        rngs = [np.random.default_rng(seed) for _ in range(2)]
+        for transform, rng in zip((ours, library), rngs, strict=True):
+            rng.integers(9, size=seed % 2)  # half of the 64 bits may be left of the draw before
+            transform.set_random_state(rng, random.Random(seed))
+        drawn, expected = (one.get_params_dependent_on_data({"shape": (256, 192, 3)}, {}) for one in (ours, library))
+        np.testing.assert_array_equal(drawn["holes"], expected["holes"])
+        assert rngs[0].bit_generator.state == rngs[1].bit_generator.state, "for transforms that come after it"
+
+
+def test_a_hole_may_be_as_large_as_the_crop() -> None:
+    augmentation = PixelAugmentation(quiet(dropout_prob=1.0, dropout_size=(1.0, 1.0)), COCO)
+    white = np.full((64, 48, 3), 255, dtype=np.uint8)
+    assert not changed_pixels(augmentation, white, np.random.default_rng(0)).any()
 
 
 @pytest.mark.parametrize("name", ["blur_prob", "median_blur_prob"])

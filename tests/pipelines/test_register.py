@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 
 from cigpose.config import Config, config_from_mapping
 from pipelines import register
+from pipelines.registry.card import description
 from pipelines.registry.gate import Rules, decide
 from pipelines.registry.measurement import Measurement, protocol_of
 from pipelines.registry.versions import Registry
@@ -96,9 +98,21 @@ def test_an_evaluation_survives_the_tags_of_a_version() -> None:
     assert kept == evaluation(0.25)
 
 
+def test_a_version_says_where_the_sigmas_of_its_ap_come_from() -> None:
+    kept = Measurement.from_tags(replace(evaluation(0.25), sigmas="estimated from a study").tags())
+    assert "AP with sigmas estimated from a study." in description(kept, None)
+    assert "sigmas" not in description(evaluation(0.25), None)  # of before that was kept
+
+
 @pytest.mark.parametrize(
     ("name", "one", "other", "is_same"),
-    [("batch", 7, 8, True), ("metric", "body/AP", "whole/AP", True), ("flip_test", True, False, False)],
+    [
+        ("batch", 7, 8, True),
+        ("metric", "body/AP", "whole/AP", True),
+        ("flip_test", True, False, False),
+        ("sigmas", None, {"origin": "a study", "values": {"nose": 0.026}}, True),  # as it was
+        ("sigmas", None, {"origin": "a study", "values": {"nose": 0.027}}, False),
+    ],
 )
 def test_the_protocol_holds_what_changes_figures(
     config: Config, name: str, one: object, other: object, is_same: bool

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_stages import make_toy, stage_group, wait_for
 
 from cigpose.config import Config
 from cigpose.config.params_file import write_params
 from cigpose.config.schema import ConfigError
 from cigpose.files.atomic import ClaimedError
-from pipelines import retrain
+from pipelines import processes, retrain
 from pipelines.retraining.artifacts import Retrained
 from pipelines.retraining.series import Series, SeriesError, parse_axes
 from pipelines.retraining.series_page import write_series_page
@@ -106,4 +112,52 @@ def test_a_point_that_was_running_when_the_series_was_killed_waits_again(root: P
     points = json.loads(file.read_text())
     points["points"][1]["state"] = "running"
     file.write_text(json.dumps(points))
+    half = file.with_name(".series.json.0badcafe.part")
+    half.write_text("{")
+    with Series(root, {"seed": [0, 1]}, None, {}).alone():
+        assert not half.exists()
     assert [point.state for point in Series(root, {"seed": [0, 1]}, None, {}).points] == ["done", "waiting"]
+
+
+def is_gone(group: int) -> bool:
+    return not processes.group_members(group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(
+            signal.SIGTERM,
+            marks=pytest.mark.skipif("CIGPOSE_OUTAGES" not in os.environ, reason="set CIGPOSE_OUTAGES=1"),
+        ),
+    ],
+)
+def test_a_series_that_is_stopped_says_so_on_its_page_and_leaves_no_process(
+    project: Path, config: Config, number: signal.Signals
+) -> None:
+    """By Ctrl-C where a shell's `&` had turned that off, and by SIGTERM to its process alone."""
+    toy = make_toy(project, config)
+    (toy / "control/slow").write_text("train")
+    command = shlex.join([sys.executable, "-m", "pipelines.retrain", "--for-each", "seed=0,1"])
+    with (toy / "series.log").open("w") as log:
+        series = processes.start(["sh", "-c", f"trap '' INT; exec {command}"], cwd=toy, output=log)
+    try:
+        stage = stage_group(toy)
+        (page,) = toy.glob(".runs/series/*/series.html")
+        assert 'class="running"' in page.read_text()
+        began = time.monotonic()
+        if number == signal.SIGTERM:
+            os.kill(series.pid, number)
+        else:
+            os.killpg(series.pid, number)
+        assert series.wait(90) == 128 + number, (toy / "series.log").read_text()
+        assert time.monotonic() - began < 60, "its server was there to be told"
+        assert 'class="running"' not in page.read_text() and "0 of 2 runs are done" in page.read_text()
+        assert is_gone(stage)
+        wait_for(lambda: is_gone(series.pid), timeout_s=10)  # Prefect's own server is one of the group
+    finally:
+        processes.stop_group(series)
+    states = [point["state"] for point in json.loads(page.with_name("series.json").read_text())["points"]]
+    assert states == ["waiting", "waiting"]

@@ -58,6 +58,19 @@ def test_what_a_killed_process_left_is_removed_and_what_it_had_moved_aside_is_ba
     assert stored(store) == 2
 
 
+def test_weights_that_a_training_killed_at_its_end_was_yet_to_remove_go_when_it_is_taken_up(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    best = store.save_weights(5, lambda path: path.write_bytes(b"best"))
+    store.save(10, {}, {"weights": best})
+    store.save_weights(10, lambda path: path.write_bytes(b"no better"))
+    store.clear_halves()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000010", best]
+    store.save_weights(12, lambda path: path.write_bytes(b"of nobody knows whom"))
+    (tmp_path / "step-000000010" / "complete.json").write_text("{")
+    store.clear_halves()
+    assert len(list(tmp_path.glob("weights-*"))) == 2, "a damaged checkpoint may name them"
+
+
 def test_half_a_checkpoint_on_s3_is_removed_and_the_others_stay(s3: Any) -> None:
     s3.create_bucket(Bucket="training")
     store = CheckpointStore("s3://training/run")
