@@ -363,6 +363,8 @@ def _is_left(path: Path) -> bool:
     """
     if path.name.startswith("sem.mp-") and "PYTEST_XDIST_WORKER" in os.environ:
         return False
+    if path.is_dir() and path.name.startswith("tmp"):
+        return False  # jobs of an MLflow server elsewhere on this machine; no cell starts one
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             if str(path) in maps.read_text():

@@ -95,7 +95,7 @@ LIMITS = """
 - **A power cut itself.** Processes are killed all at once, and the order of syncs and renames is recorded and compared
   (group Power); no disk was made to lose its cache. What MLflow and DVC write themselves they do not sync.
 - **A GPU**, and so NCCL, its processes and its memory. **Several machines**: two Ray nodes on one machine are a test of
-  their own (`CIGPOSE_TEST_CLUSTER=1`).
+  their own (`CIGPOSE_TEST_CLUSTER=1`): one is lost, one joins 20 s late.
 - **File systems** other than ext4 and tmpfs: no NFS, whose locks may differ, no FUSE.
 - **macOS**: namespaces, small disks and /proc, which cells use, are Linux's.
 """
@@ -123,10 +123,10 @@ def _table(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> l
         "## The matrix",
         "",
         f"{states.count('holds')} of {len(cells)} cells hold ({tries} tries), {states.count('FAILS')} do not, "
-        f"{states.count('not tried')} were not tried.",
+        f"{states.count('not tried')} were not tried. The last column says when, and at which commit.",
     ]
     for group in dict.fromkeys(cell.group for cell in cells):
-        lines += ["", f"### {group}", "", "| command | what breaks | where | must hold | promise | held | when |"]
+        lines += ["", f"### {group}", "", "| command | what breaks | where | must hold | promise | held | tried |"]
         lines += ["| --- | --- | --- | --- | ---: | --- | --- |"]
         lines += [_row(cell, results.get(cell.id, {})) for cell in cells if cell.group == group]
     return [*lines, ""]
@@ -138,9 +138,8 @@ def _row(cell: Cell, facts: Mapping[str, Any]) -> str:
     if state not in ("holds", "FAILS") and facts.get("why"):
         held += f": {facts['why'].splitlines()[0][:60]}"
     job = {"training": "training (no Ray)", "test": "test"}.get(cell.job, cell.job)
-    return (
-        f"| {job} | {cell.what} | {_place(cell)} | {cell.holds} | {cell.promise} | {held} | {facts.get('when', '')} |"
-    )
+    tried = " at ".join(facts[name] for name in ("when", "commit") if facts.get(name))
+    return f"| {job} | {cell.what} | {_place(cell)} | {cell.holds} | {cell.promise} | {held} | {tried} |"
 
 
 def _place(cell: Cell) -> str:

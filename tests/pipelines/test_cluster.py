@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -23,6 +24,10 @@ from cigpose.model.weights import save_weights
 from pipelines.training.start import keep_start
 from pipelines.training.worker import explain
 
+asked = pytest.mark.skipif(
+    "CIGPOSE_TEST_CLUSTER" not in os.environ,
+    reason="makes a Ray cluster on this machine, and kills a node of it, two minutes; set CIGPOSE_TEST_CLUSTER=1",
+)
 PARAMS = {"train": {"batch_total": 64, "accumulate_steps": 2, "cluster": {"num_workers": 4}}}
 
 
@@ -48,18 +53,26 @@ def test_what_the_death_of_a_peer_causes_is_tried_again(error: Exception) -> Non
     assert explain(error, PARAMS) is None
 
 
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[object, str]]:
-    """A cluster of two nodes with room for one worker each."""
+def one_node() -> Iterator[Any]:
+    """A cluster of one node with room for one worker."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-        yield cluster, cluster.address
+        yield cluster
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(one_node: Any) -> tuple[Any, str]:
+    """A cluster of two nodes with room for one worker each."""
+    one_node.add_node(**NODE)
+    return one_node, one_node.address
 
 
 @pytest.fixture
@@ -76,15 +89,37 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+def token() -> dict[str, str]:
+    """What a driver needs to be let in."""
+    return {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]} if "RAY_AUTH_TOKEN" in os.environ else {}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "CIGPOSE_TEST_CLUSTER" not in os.environ,
-    reason="kills a node of a Ray cluster made on this machine, two minutes; set CIGPOSE_TEST_CLUSTER=1",
-)
+@asked
+def test_a_training_waits_for_a_node_that_comes_late(stage: Stage, one_node: Any) -> None:
+    shutil.rmtree(stage.folder / ".runs", ignore_errors=True)
+    stage.params(train__epochs=1, train__cluster={"num_workers": 2, "use_gpu": False})
+    process = stage.start(RAY_ADDRESS=one_node.address, **token())
+    try:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if "waiting for nodes of the cluster" in line)
+        assert "it has 1 CPUs and 0 GPUs, and 2 workers need 1 CPUs each" in said
+        time.sleep(20)
+        assert process.poll() is None and not stage.steps(), "it waits"
+        one_node.add_node(**NODE)
+        output, _ = process.communicate(timeout=400)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-3000:]
+    assert json.loads((stage.folder / "data/model/run.json").read_text())["epochs"] == 1
+
+
+@pytest.mark.slow
+@asked
 @pytest.mark.parametrize("min_workers", [1, None], ids=["on what is left", "when the node returns"])
 def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
     stage: Stage,
-    two_nodes: tuple[object, str],
+    two_nodes: tuple[Any, str],
     served: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -105,15 +140,14 @@ def test_two_nodes_train_from_http_and_go_on_when_one_is_lost(
         train__loader__cache=str(tmp_path / "cache"),
         data__locations={name: f"{served}/{name}" for name in ("rendered-train", "rendered-val")},
     )
-    token = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]} if "RAY_AUTH_TOKEN" in os.environ else {}
-    process = stage.start(RAY_ADDRESS=address, **token)
+    process = stage.start(RAY_ADDRESS=address, **token())
     stage.wait_for_step(process, 4)
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
     if min_workers is None:
         before = stage.steps()[-1]
         time.sleep(20)
         assert stage.steps()[-1] <= before + 2 and process.poll() is None  # it waits
-        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        cluster.add_node(**NODE)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-3000:]
     assert "resumed at step" in output
