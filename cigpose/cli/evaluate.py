@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cigpose.cli.arguments import model_file
 from cigpose.config import Config, load_params, load_preset
 
 if TYPE_CHECKING:  # torch: only where it is needed
@@ -30,12 +29,11 @@ def add_parser(subparsers: Any) -> None:
     )
     evaluate.add_argument(
         "--model",
-        type=model_file,
-        default=Path("data/model/model.safetensors"),
-        help="a .safetensors of ours or a folder with one, an official .pth, an .onnx that `cigpose export` wrote, or "
-        "the .json of COCO results of any tool (default: %(default)s)",
+        default="data/model/model.safetensors",
+        help="models:/NAME@ALIAS of the registry, a .safetensors of ours or a folder with one, an official .pth, an "
+        ".onnx that `cigpose export` wrote, or the .json of COCO results of any tool (default: %(default)s)",
     )
-    evaluate.add_argument("--against", type=model_file, help="compare with this one, person by person; the same kinds")
+    evaluate.add_argument("--against", help="compare with this one, person by person; the same kinds")
     evaluate.add_argument("--preset", help="what an official .pth was trained as, see `cigpose presets`")
     evaluate.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: %(default)s")
     evaluate.add_argument("--dataset", help="of params.yaml (default: data.val)")
@@ -68,6 +66,7 @@ class _Measured:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from cigpose.deploy.models import find_model
     from cigpose.evaluate import report
     from cigpose.evaluate.paired import compare_models
     from cigpose.evaluate.robustness import measure_robustness
@@ -79,18 +78,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     changes = {name: value for name, value in changes.items() if value is not None}
     data = dataclasses.replace(config.data, val=options.dataset) if options.dataset else config.data
     config = dataclasses.replace(config, data=data, evaluate=dataclasses.replace(config.evaluate, **changes))
-    if options.corruptions and options.model.suffix == ".json":
+    path = find_model(options.model)
+    if options.corruptions and path.suffix == ".json":
         raise ValueError(f"{options.model}: a file of results cannot be asked about changed pictures. Give a model.")
-    found = _measure(options.model, config, options, options.out)
+    found = _measure(path, config, options, options.out)
     print(f"{options.model}: {', '.join(str(value) for value in found.how.values())}")
     print(report.parts_table(found.metrics), end="")
     metric = config.evaluate.metric
     print(f"{metric} with {found.how['boxes']}: {found.metrics[metric]:.4f}")
     if options.out:
         write_json(options.out / "metrics.json", {**report.nested(found.metrics), "protocol": found.how})
-        _calibrate(found, options)
+        _calibrate(found, path, options.out)
     if options.against:
-        other = _measure(options.against, config, options)
+        other = _measure(find_model(options.against), config, options)
         names = (str(options.against), str(options.model))
         keypoints = found.config.keypoint_set
         print("\n" + compare_models(other.scored, found.scored, found.truth, keypoints).to_markdown(names), end="")
@@ -141,8 +141,8 @@ def _measure(path: Path, config: Config, options: argparse.Namespace, out: Path 
     )
 
 
-def _calibrate(found: _Measured, options: argparse.Namespace) -> None:
-    """Leave what raw scores mean, where enough is labelled."""
+def _calibrate(found: _Measured, model: Path, out: Path) -> None:
+    """Leave in `out` what raw scores of a model's file mean, where enough is labelled."""
     from cigpose.evaluate.calibration import fit_calibration
     from cigpose.files.digest import sha256_of
 
@@ -152,19 +152,11 @@ def _calibrate(found: _Measured, options: argparse.Namespace) -> None:
         found.predictions,
         found.truth,
         found.config.keypoint_set,
-        models=[sha256_of(_file_of(options.model))],
+        models=[sha256_of(model)],
         about={"dataset": found.config.data.val, "flip test": found.config.evaluate.flip_test},
     )
     if calibration is not None:
-        calibration.write(options.out)
-
-
-def _file_of(path: Path) -> Path:
-    """The weights in a folder; of anything else itself."""
-    if not path.is_dir():
-        return path
-    files = [path / "model.safetensors", *sorted(path.glob("weights-*.safetensors"), reverse=True)]
-    return next((file for file in files if file.is_file()), files[0])
+        calibration.write(out)
 
 
 def _load(path: Path, config: Config, preset: str | None) -> tuple[nn.Module, Config]:
@@ -172,7 +164,6 @@ def _load(path: Path, config: Config, preset: str | None) -> tuple[nn.Module, Co
     from cigpose.deploy.onnx import OnnxModel
     from cigpose.model.weights import load_checkpoint
 
-    path = _file_of(path)
     if path.suffix == ".onnx":
         exported = OnnxModel(path)
         if exported.decoded and config.evaluate.flip_test:

@@ -25,9 +25,9 @@ def add_parser(subparsers: Any) -> None:
     )
     export.add_argument(
         "--model",
-        type=Path,
-        default=Path("data/model/model.safetensors"),
-        help="our .safetensors, or an official .pth (default: %(default)s)",
+        default="data/model/model.safetensors",
+        help="models:/NAME@ALIAS of the registry, our .safetensors or a folder with one, or an official .pth (default: "
+        "%(default)s)",
     )
     export.add_argument("--preset", help="what an official .pth was trained as, see `cigpose presets`")
     export.add_argument("--out", type=Path, default=Path("model.onnx"), help="file to write (default: %(default)s)")
@@ -48,11 +48,12 @@ def add_parser(subparsers: Any) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from cigpose.deploy.export import export_onnx
+    from cigpose.deploy.models import find_model
     from cigpose.deploy.onnx import OnnxModel
     from cigpose.evaluate.checkpoint import merge_config
     from cigpose.model.weights import load_checkpoint
 
-    model = load_checkpoint(options.model, load_preset(options.preset) if options.preset else None)
+    model = load_checkpoint(find_model(options.model), load_preset(options.preset) if options.preset else None)
     evaluated = options.int8 if options.evaluate is None else options.evaluate
     data: Config | None = None
     if evaluated or options.int8:

@@ -123,12 +123,12 @@ def test_exports_work_first_thing_in_a_process_and_leave_predictions_alone(tiny_
     light = np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "photo.png"), light)
     code = """
-import sys
+import os, sys
 from cigpose.cli.main import main
 predict = ["predict", "photo.png", "--device", "cpu", "--no-flip-test"]
 assert main(["export", "--model", sys.argv[1], "--out", "decoded.onnx", "--decoded"]) == 0
 assert main([*predict, "--model", sys.argv[1], "--out", "torch"]) == 0
-assert main(["export", "--model", sys.argv[1], "--out", "model.onnx"]) == 0
+assert main(["export", "--model", os.path.dirname(sys.argv[1]), "--out", "model.onnx"]) == 0
 assert main([*predict, "--model", "model.onnx", "--out", "onnx"]) == 0
 """
     result = fresh_process("-c", code, str(tiny_model), cwd=tmp_path)
