@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
 
     from cigpose.loader.pixels import check_extra
     from cigpose.loader.shards import open_address
-    from cigpose.loader.sheet import contact_sheet, describe
+    from cigpose.loader.sheet import contact_sheet, describe, describe_order
     from cigpose.loader.stream import stream_pictures
 
     shards = open_address(options.shards)
@@ -59,6 +59,8 @@ def main(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{path}: not a kind of picture that can be written. Give --sheet a suffix such as .jpg or .png."
         )
+    if (order := describe_order(shards)) is not None:
+        print(order)
     sheet = contact_sheet(shards, config, num_persons=options.persons, seed=options.seed)
     write_bytes(path, cv2.imencode(path.suffix, sheet)[1].tobytes())
     print(f"\n{path}: each person as cut out for evaluation, then as augmented by stage 1 and stage 2.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +17,7 @@ PERSONS, DETECTIONS = "persons", "detections"
 """What of a picture is counted, by its name in the index."""
 
 
-def read_shard(shards: ShardSet, number: int) -> Iterator[dict[str, Any]]:
+def read_shard(shards: ShardSet, number: int) -> Generator[dict[str, Any], None, None]:
     """The samples of one shard as they are: `__key__`, `__url__` (the tar's place), `jpg` and `json` bytes.
 
     Raises:

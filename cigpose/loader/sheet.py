@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice, pairwise
 
 import cv2
 import numpy as np
@@ -11,13 +15,18 @@ from cigpose.config import Config
 from cigpose.draw import draw_poses, label_picture, pack_pictures
 from cigpose.files.errors import DataError
 from cigpose.loader.crops import CropMaker, WantedPicture
-from cigpose.loader.samples import read_persons
+from cigpose.loader.samples import read_persons, read_record, read_shard
 from cigpose.loader.shards import ShardSet
 from cigpose.shard.index import ShardIndex
 
 TILE_HEIGHT = 384
 MAX_SHARDS = 4
 """Shards looked into for the sheet."""
+LOOKED_AT = 200
+"""Pictures at the beginning of each whose order is looked at."""
+MANY, MORE_THAN_CHANCE = 0.6, 0.2
+"""Share of pictures behind their like from which a shuffle is advised; by how much it exceeds a random order's."""
+_NUMBERED = re.compile(r"(.*?)(\d*)(\.[^./]*)?", re.DOTALL)
 
 
 def describe(index: ShardIndex) -> str:
@@ -37,6 +46,43 @@ def describe(index: ShardIndex) -> str:
         lines.append(f"  unreadable: {index.bad['count']:,}, such as {'; '.join(index.bad.get('examples', []))}")
     lines += [f"  from {file}: sha256 {digest[:16]}..." for file, digest in index.sources.items()]
     return "\n".join(lines)
+
+
+def describe_order(shards: ShardSet) -> str | None:
+    """A sentence if like stands beside like in the shards, as the frames of videos do, so that batches mix badly.
+
+    Raises:
+        DataError: a shard is damaged.
+        OSError: one cannot be read or fetched.
+    """
+    names = []
+    for number in np.unique(np.linspace(0, len(shards.index.shards) - 1, MAX_SHARDS).astype(int)).tolist():
+        with closing(read_shard(shards, number)) as samples:
+            names.append([str(read_record(sample).get("file_name", "")) for sample in islice(samples, LOOKED_AT)])
+    share = share_behind_their_like(names)
+    if share is None:
+        return None
+    return (
+        f"  order: {share:.0%} of the pictures stand behind the one before of their folder or video; with "
+        "data.sharding.shuffle: true batches mix them better"
+    )
+
+
+def share_behind_their_like(names: Sequence[Sequence[str]]) -> float | None:
+    """Share of pictures that follow the one before them of one source, if these are many.
+
+    Args:
+        names: of the pictures of some shards, in order. What stands before the last number names the source; when
+            shuffled, half of the neighbours of one source are in the order of their numbers.
+
+    Returns: None if they are few, or hardly more than in a random order, as with a single source.
+    """
+    parsed = [[(found[1], int(found[2] or 0)) for found in map(_NUMBERED.fullmatch, shard) if found] for shard in names]
+    behind = [one[0] == other[0] and one[1] < other[1] for shard in parsed for one, other in pairwise(shard)]
+    sources = Counter(source for shard in parsed for source, _ in shard)
+    by_chance = sum(count**2 for count in sources.values()) / max(sources.total(), 1) ** 2
+    share = sum(behind) / max(len(behind), 1)
+    return share if share > max(MANY, by_chance + MORE_THAN_CHANCE) else None
 
 
 def contact_sheet(shards: ShardSet, config: Config, *, num_persons: int, seed: int = 0) -> np.ndarray:

@@ -12,8 +12,9 @@ import pytest
 from cigpose.cli.main import main
 from cigpose.config.params_file import write_params
 from cigpose.draw import LEFT, RIGHT
+from cigpose.loader import sheet as sheet_module
 from cigpose.loader.shards import open_address
-from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet
+from cigpose.loader.sheet import TILE_HEIGHT, contact_sheet, share_behind_their_like
 
 
 def inspect(*arguments: object) -> int:
@@ -150,3 +151,40 @@ def test_a_dataset_without_persons_has_no_sheet(tiny_shards: Any) -> None:
     folder = tiny_shards.write("a", [2], persons=(0,), detections=1)
     with pytest.raises(ValueError, match="holds no persons"):
         contact_sheet(open_address(str(folder)), tiny_shards.config("a"), num_persons=2)
+
+
+def frames(num_videos: int, num_frames: int) -> list[str]:
+    return [f"clips/video_{video}/{frame:04d}.png" for video in range(num_videos) for frame in range(num_frames)]
+
+
+def shuffled(names: list[str]) -> list[str]:
+    return np.random.default_rng(0).permutation(names).tolist()
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"),
+    [
+        pytest.param([frames(10, 20)], 190 / 199, id="videos one after the other"),
+        pytest.param([[f"{video}_{i:03d}.jpg" for i in range(50)] for video in "ab"], 1.0, id="prefixes"),
+        pytest.param([shuffled(frames(10, 20))], None, id="shuffled"),
+        pytest.param([shuffled(frames(1, 99)), shuffled([f"b{i}" for i in range(99)])], None, id="long ones, shuffled"),
+        pytest.param([[f"{i:012d}.jpg" for i in range(200)]], None, id="photographs by number"),
+        pytest.param([["one.jpg"]], None, id="one"),
+        pytest.param([["", "\n1.jpg"]], None, id="no names"),
+    ],
+)
+def test_pictures_behind_their_like_are_known_by_their_names(shards: list[list[str]], expected: float | None) -> None:
+    assert share_behind_their_like(shards) == (expected and pytest.approx(expected))
+
+
+def test_inspect_advises_a_shuffle_of_the_frames_of_videos(
+    tiny_shards: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, names = tiny_shards.write("a", [12, 12]), iter(frames(4, 6) * 2)
+    arguments = (folder, "--preset", "cigpose-m_coco_256x192", "--persons", 1, "--sheet", tmp_path / "sheet.jpg")
+    assert inspect(*arguments) == 0
+    assert "order:" not in capsys.readouterr().out
+    read = sheet_module.read_record
+    monkeypatch.setattr(sheet_module, "read_record", lambda sample: {**read(sample), "file_name": next(names)})
+    assert inspect(*arguments) == 0
+    assert "order: 91% of the pictures stand behind the one before of their folder" in capsys.readouterr().out
