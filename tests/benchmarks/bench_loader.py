@@ -323,7 +323,7 @@ def main() -> None:
             "plain, no targets": lambda: PlainWay(config, resample=warp, targets=False).batches(people),
         }
         times: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(options.rounds):  # to and fro, so that nobody always comes after the same one
+        for number in range(options.rounds):  # forth and back, so that nobody always comes after the same one
             for name in list(sides)[:: -1 if number % 2 else 1]:
                 times[name].append(cpu_seconds(sides[name]()))
         for name, values in times.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,19 @@ def _table(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> l
         "## The matrix",
         "",
         f"{states.count('holds')} of {len(cells)} cells hold ({tries} tries), {states.count('FAILS')} do not, "
-        f"{states.count('not tried')} were not tried. The last column says when, and at which commit.",
+        f"{states.count('not tried')} were not tried. The last column says when, and at which commit: {_commits(cells, results)}.",
     ]
     for group in dict.fromkeys(cell.group for cell in cells):
         lines += ["", f"### {group}", "", "| command | what breaks | where | must hold | promise | held | tried |"]
         lines += ["| --- | --- | --- | --- | ---: | --- | --- |"]
         lines += [_row(cell, results.get(cell.id, {})) for cell in cells if cell.group == group]
     return [*lines, ""]
+
+
+def _commits(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many cells were tried last at each commit: a page of several is no proof of the newest."""
+    counts = Counter(results.get(cell.id, {}).get("commit", "none") for cell in cells)
+    return ", ".join(f"{count} at {commit}" for commit, count in counts.most_common())
 
 
 def _row(cell: Cell, facts: Mapping[str, Any]) -> str:
