@@ -10,7 +10,7 @@ import pytest
 import yaml
 from project import make_project
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_real_people_are_learnt_by_heart_from_their_archives_to_a_registered_champion(

@@ -148,7 +148,7 @@ def test_a_killed_sharding_leaves_no_process_and_no_claim(
     folder = make_experiment(tmp_path / "project", sharder)
     partial = folder / "data" / "shards" / "people.partial"
     stage = start(folder, "shard", "people")
-    stage.wait_for_workers(lambda: any(partial.glob("*.tar")))
+    stage.wait_for_workers(lambda: any(partial.glob("*.done")))
     helpers = psutil.Process(stage.process.pid).children(recursive=True)
     stage.process.send_signal(sign)
     assert stage.process.wait(10) == -sign
