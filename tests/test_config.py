@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import yaml
 from paper_presets import PRESETS
 
-from cigpose.config import Config, config_from_mapping, load_params, load_preset, preset_text, presets
-from cigpose.config.params_file import params_text, write_params
+from cigpose.config import Config, config_from_mapping, load_params, load_preset, params_file, preset_text, presets
+from cigpose.config.params_file import params_text, replace_params, write_params
 from cigpose.config.schema import ConfigError
+from cigpose.files.atomic import claimed
 
 
 def quickstart() -> dict[str, Any]:
@@ -305,3 +307,19 @@ def test_a_config_cannot_be_changed() -> None:
     config: Config = load_preset("quickstart")
     with pytest.raises(AttributeError):
         config.train.epochs = 3  # type: ignore[misc]
+
+
+def test_a_params_file_is_replaced_by_one_at_a_time_and_the_users_is_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(params_file, "is_preset", lambda path: False)  # which takes longer than is waited for here
+    params = tmp_path / "params.yaml"
+    params.write_text("mine: 1\n")
+    other = threading.Thread(target=replace_params, args=(load_preset("quickstart"), params))
+    with claimed(tmp_path / ".params.yaml.lock", "replacing it"):
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and params.read_text() == "mine: 1\n"
+        params.write_text("mine: 2\n")
+    other.join(30)
+    assert (tmp_path / "params-before-1.yaml").read_text() == "mine: 2\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,13 +13,13 @@ from cigpose.files.atomic import claimed, clear_leftovers, written_folder
 if TYPE_CHECKING:  # torch, OpenCV: only where they are needed
     import numpy as np
 
-    from cigpose.dataset.check import LabelCheck, Predict
-    from cigpose.dataset.check_labels import LabelledPeople
+    from cigpose.dataset.check import LabelCheck
     from cigpose.dataset.check_pictures import PhotoFolder
     from cigpose.keypoints import KeypointSet
 
 PAGE, TABLE = "check.html", "check.json"
-_PICTURES_AT_ONCE = 64
+FOLDER = "label-check"
+LOCK = Path(f".{FOLDER}.lock")
 _NAMED = 8  # suspects in the terminal
 
 
@@ -37,13 +36,13 @@ def add_parser(commands: Any) -> None:
         "suspects with their ids. Exit status: 0 when it ran, whatever it found; 1 if the labels or the pictures "
         "cannot be read; 2 for wrong usage.",
     )
+    check.add_argument("pictures", type=Path, help="folder, zip or tar of the pictures")
     check.add_argument("labels", type=Path, help="COCO-keypoints JSON")
-    check.add_argument("photos", type=Path, help="folder, zip or tar of the pictures")
     check.add_argument(
         "--out",
         "-o",
         type=Path,
-        help="folder to write, new or empty (default: label-check, or the first of label-check-2, ... that is free)",
+        help=f"folder to write, new or empty (default: {FOLDER}, or the first of {FOLDER}-2, ... that is free)",
     )
     check.add_argument("--top", type=int, default=60, metavar="N", help="suspects to draw (default: %(default)s)")
     check.add_argument("--json", action="store_true", help="print the JSON; a folder is written only if --out names it")
@@ -67,11 +66,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    if options.photos.suffix == ".json" and options.labels.suffix != ".json":  # in the order of `dataset init`
-        options.labels, options.photos = options.photos, options.labels
     if options.top < 0:
         raise ValueError(f"--top: {options.top} suspects; expected 0 or more.")
-    out = None if options.json and options.out is None else _out_folder(options)
+    asked = None if options.out is None else _asked_folder(options)
     try:
         check, photos, facts = _looked_at(options)
     except (ValueError, OSError) as err:
@@ -81,14 +78,10 @@ def _check(options: argparse.Namespace) -> int:
 
     report = label_report(check)
     text = json.dumps(report, indent=1) + "\n"
-    if out is not None:
+    out = None
+    if asked is not None or not options.json:
         page = label_page(check, photos, title=options.labels.name, facts=facts, top=options.top)
-        with claimed(out.with_name(f".{out.name}.lock"), f"a label check into {out}"):
-            clear_leftovers(out)
-            _refuse_to_fill(out)
-            with written_folder(out) as folder:
-                (folder / PAGE).write_text(page, encoding="utf-8")
-                (folder / TABLE).write_text(text, encoding="utf-8")
+        out = _write(asked, {PAGE: page, TABLE: text})
     if options.json:
         print(text, end="")
     else:
@@ -96,22 +89,36 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _out_folder(options: argparse.Namespace) -> Path:
-    """Where the page goes: a folder in which nothing is, outside the pictures.
+def _asked_folder(options: argparse.Namespace) -> Path:
+    """What --out names: a folder in which nothing is, outside the pictures.
 
     Raises:
         FileExistsError: something is there.
         ValueError: it is within the pictures.
     """
-    if options.out is None:
-        names = (f"label-check-{number}" for number in itertools.count(2))
-        return next(Path(name) for name in itertools.chain(["label-check"], names) if _is_free(Path(name)))
     out: Path = options.out.resolve()
-    photos: Path = options.photos.resolve()
-    if photos.is_dir() and (out == photos or photos in out.parents):
+    pictures: Path = options.pictures.resolve()
+    if pictures.is_dir() and (out == pictures or pictures in out.parents):
         raise ValueError(f"--out: {options.out} is within the pictures. Nothing is written there; name another folder.")
     _refuse_to_fill(out)
     return out
+
+
+def _write(asked: Path | None, texts: dict[str, str]) -> Path:
+    """Write the folder that was asked for, or the first that is free by then: a check beside may have taken one."""
+    with claimed(LOCK if asked is None else asked.with_name(f".{asked.name}.lock"), "writing a label check", wait=True):
+        out = _first_free() if asked is None else asked
+        clear_leftovers(out)
+        _refuse_to_fill(out)
+        with written_folder(out) as folder:
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+    return out
+
+
+def _first_free() -> Path:
+    names = (FOLDER, *(f"{FOLDER}-{number}" for number in range(2, 10_000)))
+    return next(Path(name) for name in names if _is_free(Path(name)))
 
 
 def _is_free(folder: Path) -> bool:
@@ -128,12 +135,13 @@ def _looked_at(options: argparse.Namespace) -> tuple[LabelCheck, PhotoFolder, di
     from cigpose.dataset.check import check_labels
     from cigpose.dataset.check_labels import read_labelled_people
     from cigpose.dataset.check_pictures import PhotoFolder, find_unlabelled
+    from cigpose.dataset.predicted import poses_by
 
     people = read_labelled_people(options.labels, _keypoint_set(options.keypoints), options.category)
-    photos = PhotoFolder(options.photos, people)
+    photos = PhotoFolder(options.pictures, people)
     facts: dict[str, object] = {
         "labels": options.labels,
-        "pictures": options.photos,
+        "pictures": options.pictures,
         "keypoints": f"{len(people.keypoint_set)}, {people.keypoint_set.name}",
         "left and right": f"{len(people.keypoint_set.flip_pairs)} pairs",
         "model": options.model or "none: geometry alone",
@@ -157,63 +165,6 @@ def _keypoint_set(text: str | None) -> KeypointSet | None:
     if "," in text:
         return keypoints_of_category({"keypoints": [name.strip() for name in text.split(",")]}, "--keypoints")
     return keypoint_set(text)
-
-
-def poses_by(model: str, photos: PhotoFolder, *, preset: str | None = None, device: str | None = None) -> Predict:
-    """A model that looks at labelled boxes; what it calls the same is the same keypoint.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: it cannot be used, or has none of the keypoints.
-    """
-    import numpy as np
-
-    from cigpose.config import load_preset
-    from cigpose.dataset.names import coco_spelling
-    from cigpose.deploy.models import find_model
-    from cigpose.deploy.predictor import Predictor
-    from cigpose.progress import progress
-
-    config = load_preset(preset) if preset else None
-    predictor = Predictor.load(find_model(model), config, device=device)
-    place = {coco_spelling(name): k for k, name in enumerate(predictor.keypoint_set.names)}
-    ours = [place.get(coco_spelling(name), -1) for name in photos.people.keypoint_set.names]
-    mine, theirs = np.flatnonzero(np.array(ours) >= 0), [k for k in ours if k >= 0]
-    if not theirs:
-        raise ValueError(f"{model}: has none of the keypoints of the labels. Give a model of such people.")
-
-    def predict(
-        people: LabelledPeople, rows: np.ndarray, pictures: np.ndarray, *, mirrored: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        points = np.full((len(rows), len(ours), 2), np.nan)
-        scores = np.zeros((len(rows), len(ours)))
-        order = np.argsort(pictures, kind="stable")
-        bounds = [0, *(np.flatnonzero(np.diff(pictures[order])) + 1).tolist(), len(order)] if len(order) else [0]
-        groups = [order[a:b] for a, b in itertools.pairwise(bounds)]
-        bar = progress(total=len(groups), desc="model", unit="image")
-        for chunk in _chunks(groups, _PICTURES_AT_ONCE):
-            images, boxes, members = [], [], []
-            for group in chunk:
-                image = photos.read(int(pictures[group[0]]))
-                if image is None:
-                    continue
-                image = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
-                corners, usable = people.corners(rows[group], (image.shape[1], image.shape[0]))
-                images.append(image)
-                boxes.append(corners[usable])
-                members.append(group[usable])
-            for poses, group in zip(predictor.predict_many(images, boxes), members, strict=True):
-                points[np.ix_(group, mine)] = poses.keypoints[:, theirs]
-                scores[np.ix_(group, mine)] = poses.scores[:, theirs]
-            bar.update(len(chunk))
-        bar.close()
-        return points, scores
-
-    return predict
-
-
-def _chunks(groups: list[np.ndarray], count: int) -> list[list[np.ndarray]]:
-    return [groups[start : start + count] for start in range(0, len(groups), count)]
 
 
 def _detections(given: str, photos: PhotoFolder) -> dict[int, np.ndarray]:

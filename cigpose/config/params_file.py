@@ -15,7 +15,7 @@ import yaml
 
 from cigpose.config import Config, load_preset, presets
 from cigpose.config.schema import to_mapping
-from cigpose.files.atomic import write_bytes, write_text
+from cigpose.files.atomic import claimed, write_bytes, write_text
 
 WIDTH = 120
 COMMENT_COLUMN = 52
@@ -44,11 +44,12 @@ def is_preset(path: Path) -> bool:
 def replace_params(config: Config, path: Path) -> Path | None:
     """Write params.yaml in place of what is there; returns the copy that was kept if that was the user's."""
     kept = None
-    if path.exists() and not is_preset(path):
-        names = (path.with_name(f"{path.stem}-before-{number}.yaml") for number in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        write_bytes(kept, path.read_bytes())
-    write_params(config, path)
+    with claimed(path.with_name(f".{path.name}.lock"), f"replacing {path}", wait=True):  # or two keep one copy
+        if path.exists() and not is_preset(path):
+            names = (path.with_name(f"{path.stem}-before-{number}.yaml") for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            write_bytes(kept, path.read_bytes())
+        write_params(config, path)
     return kept
 
 

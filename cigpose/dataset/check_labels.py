@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cigpose.dataset.labels import BOX_MARGIN
 from cigpose.dataset.names import ASSUMED_SIGMA, KNOWN_SETS, guess_flip_pairs, known_set
 from cigpose.files.errors import DataError, shown
 from cigpose.files.jsonstream import parse_element, split_arrays
@@ -79,7 +80,7 @@ class LabelledPeople:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             around = np.nanmin(points, axis=1), np.nanmax(points, axis=1)
-        margin = 0.15 * (around[1] - around[0]) + 4
+        margin = BOX_MARGIN * (around[1] - around[0]) + 1
         corners = np.concatenate(
             [np.where(np.isnan(low), around[0] - margin, low), np.where(np.isnan(high), around[1] + margin, high)],
             axis=1,

@@ -9,7 +9,7 @@ from typing import Any
 from cigpose.keypoints import Edge
 
 BOX_MARGIN = 0.15
-"""Of the labelled keypoints' extent, on each side, where a person has no box."""
+"""Of the labelled keypoints' extent, on each side, where a person has no box; and a pixel."""
 AREA_SHARE = 0.53
 """Of the box, where a person has no area: CrowdPose's rule."""
 

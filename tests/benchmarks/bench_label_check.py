@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from spoilt_labels import GEOMETRIC, OF_PICTURES, Spoiler, found_first
 
-from cigpose.cli.dataset_check import poses_by
 from cigpose.dataset.check import check_labels
 from cigpose.dataset.check_labels import LabelledPeople, read_labelled_people
 from cigpose.dataset.check_pictures import PhotoFolder
+from cigpose.dataset.predicted import poses_by
 from cigpose.keypoints import KeypointSet, keypoint_set
 
 

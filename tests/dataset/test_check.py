@@ -133,7 +133,7 @@ def test_the_command_writes_a_page_and_json_and_touches_nothing_else(rendered: P
     labels, photos, out = tmp_path / "labels.json", rendered / "photos", tmp_path / "out"
     labels.write_text(json.dumps(document))
     before = {path: path.stat().st_mtime_ns for path in [labels, *photos.iterdir()]}
-    command = [sys.executable, "-m", "cigpose.cli.main", "dataset", "check", labels, photos, "--out", out, "--top", "2"]
+    command = [sys.executable, "-m", "cigpose.cli.main", "dataset", "check", photos, labels, "--out", out, "--top", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page, report = (out / "check.html").read_text(), json.loads((out / "check.json").read_text())
@@ -146,6 +146,17 @@ def test_the_command_writes_a_page_and_json_and_touches_nothing_else(rendered: P
     kept = page
     assert main(list(map(str, command[3:]))) == 2
     assert (out / "check.html").read_text() == kept
+
+
+def test_of_two_checks_at_once_both_keep_their_page(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    cv2.imwrite(str(tmp_path / "photos" / "0.jpg"), np.zeros((200, 200, 3), np.uint8))
+    (tmp_path / "labels.json").write_text(json.dumps(small_document(6)))
+    command = [sys.executable, "-m", "cigpose.cli.main", "dataset", "check", "photos", "labels.json"]
+    pair = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    said = [process.communicate(timeout=100)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert {path.parent.name for path in tmp_path.glob("*/check.html")} == {"label-check", "label-check-2"}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +172,7 @@ def test_labels_that_cannot_be_read_are_one_sentence_and_status_1(
 ) -> None:
     (tmp_path / "labels.json").write_bytes(content)
     (tmp_path / "photos").mkdir()
-    arguments = ["dataset", "check", str(tmp_path / "labels.json"), str(tmp_path / "photos"), "--json"]
+    arguments = ["dataset", "check", str(tmp_path / "photos"), str(tmp_path / "labels.json"), "--json"]
     assert main(arguments) == 1
     said = capsys.readouterr()
     assert says in said.err and said.err.count("\n") == 1 and not said.out
@@ -170,7 +181,7 @@ def test_labels_that_cannot_be_read_are_one_sentence_and_status_1(
 def test_nothing_is_written_into_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "labels.json").write_text(json.dumps(small_document()))
-    arguments = [str(tmp_path / "labels.json"), str(tmp_path / "photos")]
+    arguments = [str(tmp_path / "photos"), str(tmp_path / "labels.json")]
     assert main(["dataset", "check", *arguments, "--out", str(tmp_path / "photos" / "page")]) == 2
     assert "within the pictures" in capsys.readouterr().err
     assert not any((tmp_path / "photos").iterdir())
@@ -185,7 +196,7 @@ def test_pictures_missing_broken_twice_and_of_another_size_are_named(
         for number, picture in enumerate((image, image, image[:150], image[::-1])):
             photos.writestr(f"{number}.jpg", cv2.imencode(".jpg", picture)[1].tobytes())
         photos.writestr("4.jpg", b"no picture")
-    assert main(["dataset", "check", str(tmp_path / "labels.json"), str(tmp_path / "photos.zip"), "--json"]) == 0
+    assert main(["dataset", "check", str(tmp_path / "photos.zip"), str(tmp_path / "labels.json"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     found = {
         (suspect["image_id"], finding["kind"]): finding["text"]
