@@ -97,7 +97,7 @@ def coco_document(labels: OwnLabels, images: Sequence[dict[str, Any]], names: Se
     category = {
         "id": 1,
         "name": "person",
-        "keypoints": list(names),
+        "keypoints": list(names[: labels.num_keypoints]),  # COCO-WholeBody's others have fields of their own
         "skeleton": [[a + 1, b + 1] for a, b in labels.edges],
     }
     people = [{**person, "category_id": 1} for person in labels.people if person["image_id"] in wanted]

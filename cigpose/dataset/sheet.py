@@ -46,7 +46,8 @@ def _tile(side: Side, person: dict[str, object], keypoints: KeypointSet, *, with
     picture = side.photographs.find(file_name)
     assert picture is not None  # the labels were held against the pictures
     image = side.photographs.decode(picture)
-    points = np.array(person["keypoints"], dtype=np.float64).reshape(-1, 3)
+    flat = [value for name in keypoints.annotation_fields for value in person[name]]  # type: ignore[attr-defined]
+    points = np.array(flat, dtype=np.float64).reshape(-1, 3)
     x, y, w, h = np.array(person["bbox"], dtype=np.float64)
     seen = points[points[:, 2] > 0, :2]
     left, top = np.minimum([x - MARGIN * w, y - MARGIN * h], seen.min(axis=0, initial=np.inf))

@@ -88,6 +88,18 @@ def test_init_leads_from_pictures_and_labels_to_shards_and_an_ap(
     assert 0 <= evaluation.metrics["body/AP"] <= 1
 
 
+def test_whole_body_labels_are_taken_with_their_other_fields(rendered: Path, tmp_path: Path) -> None:
+    given = [str(rendered / "set" / name) for name in ("images.zip", "annotations.json")]
+    assert main(["dataset", "init", *given, "--name", "mine", "--out", str(tmp_path), "--epochs", "3"]) == 0
+    config = load_params(tmp_path / "params.yaml")
+    assert config.keypoint_set == COCO_WHOLEBODY
+    assert (tmp_path / "data/mine-labels.jpg").is_file()
+    for name in ("mine-train", "mine-val"):
+        write_dataset(config, name, tmp_path / "data/raw", tmp_path / "shards")
+    evaluation = evaluate_model(build_model(config), config, shards_root=tmp_path / "shards", device="cpu")
+    assert evaluation is not None and evaluation.predictions.keypoints.shape[1] == 133
+
+
 def test_init_replaces_a_preset_but_nothing_of_the_users(
     rendered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
